@@ -614,16 +614,25 @@ class Checkpoint:
         self.save()
 
     def save(self):
-        """Write what is not yet in the file. A disk that refuses is reported, not raised."""
+        """Write what is not yet in the file; return whether it is there now."""
         if self.saved:
-            return
+            return True
         buffer = io.BytesIO()
         torch.save(self.state, buffer)
         try:
             write_whole(self.path, buffer.getvalue())
             self.saved, self.word = True, "saved"
         except OSError as error:
-            self.word = f"NOT saved ({error.strerror}), kept in memory"
+            self.word = f"NOT saved: {error.strerror}"
+        return self.saved
+
+    def model(self):
+        """Return the best model, in eval mode: from the file, or from memory if it isn't there."""
+        if self.saved:
+            return load_model(self.path)
+        model = CIFARNet().eval()
+        model.load_state_dict(self.state)
+        return model
 
 
 def load_model(path):
@@ -638,7 +647,7 @@ def load_model(path):
     except FileNotFoundError:
         sys.exit(f"pytorchpractice: there is no {path} here; train one first, without --evaluate")
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         sys.exit(f"pytorchpractice: {path} isn't a checkpoint of this model: {reason}")
     return model.eval()
 
@@ -820,65 +829,60 @@ def on_sigterm(*_):
     raise Terminated
 
 
-def train_and_save(args, dtype, train_set):
-    """Train, save the best epoch's weights, draw both curves; return (checkpoint, exit code)."""
+def run_training(args, dtype, train_set):
+    """Set up and train until the end, a signal or a fault; return (checkpoint, history, code).
+
+    The code is 0, or what the script must end with if the training was stopped.
+    """
     training, validation = split_indices(len(train_set.data), args.seed)
+    print(f"{len(training):,} images to train, {len(validation):,} to validate, seed {args.seed}")
     images, labels = as_tensors(train_set, args.device)
     torch.manual_seed(args.seed)
-    model = CIFARNet(len(train_set.classes))
-    model.fit_input(images[training.to(images.device)])
+    model = CIFARNet()
+    model.fit_input(images[training.to(args.device)])
     model.to(args.device, memory_format=memory_format(args.device))
     training, validation = training.to(args.device), validation.to(args.device)
     batches = TrainingBatches(images[training], labels[training], args.batch_size, args.seed)
-    print(f"{len(training):,} images to train, {len(validation):,} to validate, seed {args.seed}")
+    held_out = images[validation], labels[validation]
 
-    checkpoint, history, exit_code = Checkpoint(MODEL_PATH), History(), 0
+    checkpoint, history = Checkpoint(MODEL_PATH), History()
+    run = {"epochs": args.epochs, "device": args.device, "dtype": dtype}
     try:
-        train(
-            model,
-            batches,
-            (images[validation], labels[validation]),
-            checkpoint,
-            history,
-            epochs=args.epochs,
-            device=args.device,
-            dtype=dtype,
-        )
-    except (KeyboardInterrupt, FloatingPointError) as stop:
+        train(model, batches, held_out, checkpoint, history, **run)
+    except FloatingPointError as fault:
+        print(f"stopped: {fault}")
+        return checkpoint, history, 1
+    except KeyboardInterrupt as stop:
         live_line("")
-        print(f"stopped: {stop if str(stop) else 'interrupted'}")
-        exit_code = 1 if isinstance(stop, FloatingPointError) else exit_status(stop)
+        print("stopped on request")
+        return checkpoint, history, exit_status(stop)
+    return checkpoint, history, 0
 
-    checkpoint.save()
+
+def save_training(checkpoint, history):
+    """Save what a training left and say so; return whether all of it could be written."""
+    saved = [checkpoint.save()]
     if checkpoint.epoch is None:
         print(f"no epoch was finished: {MODEL_PATH} is as it was")
     elif checkpoint.saved:
         print(f"saved: the weights of epoch {checkpoint.epoch}, in {MODEL_PATH}")
     else:
-        print(f"{MODEL_PATH} could not be written: {checkpoint.word}", file=sys.stderr)
-        exit_code = exit_code or 1
-
-    complete = [True]
+        print(f"{MODEL_PATH} could not be written; {checkpoint.word}", file=sys.stderr)
     if history.train_loss:
         figure = plot_loss(history, checkpoint.epoch)
-        complete.append(save_figure(figure, FIGURES / "nnmodel_loss.png"))
+        saved.append(save_figure(figure, FIGURES / "nnmodel_loss.png"))
     if history.batches:
-        complete.append(save_figure(plot_accuracy(history), FIGURES / "nnmodel_accuracy.png"))
-    return checkpoint, exit_code or int(not all(complete))
+        saved.append(save_figure(plot_accuracy(history), FIGURES / "nnmodel_accuracy.png"))
+    return all(saved)
 
 
-def score_and_show(model, args, test_set):
-    """Report the model's test results, in float32, and draw the grid; return the exit code."""
-    torch.backends.cudnn.allow_tf32 = False  # an NVIDIA GPU would round float32 to TF32
-    images, labels = as_tensors(test_set, args.device)
-    logits = predict(model.to(args.device), images).cpu()
-    images, labels = images.cpu(), labels.cpu()
-    report(logits, labels, test_set.classes, args.batch_size)
-
-    generator = torch.Generator().manual_seed(args.image_seed)
-    chosen = torch.randperm(len(labels), generator=generator)[: args.images]
-    figure = plot_predictions(images[chosen], logits[chosen], labels[chosen], test_set.classes)
-    return int(not save_figure(figure, FIGURES / "test_images_pred_actual.png"))
+def save_predictions(model, images, labels, classes, image_count, image_seed):
+    """Draw random images with the model's predictions; return whether it could be written."""
+    generator = torch.Generator().manual_seed(image_seed)
+    chosen = torch.randperm(len(labels), generator=generator)[:image_count].to(images.device)
+    logits = predict(model, images[chosen]).cpu()
+    figure = plot_predictions(images[chosen].cpu(), logits, labels[chosen].cpu(), classes)
+    return save_figure(figure, FIGURES / "test_images_pred_actual.png")
 
 
 def main(argv=None):
@@ -900,23 +904,26 @@ def main(argv=None):
     except RuntimeError as error:
         sys.exit(f"pytorchpractice: {error}")
 
-    exit_code = 0
+    stop_code, saved = 0, True
     if not args.evaluate:
-        checkpoint, exit_code = train_and_save(args, dtype, train_set)
-        if exit_code > 1 or checkpoint.epoch is None:
-            return exit_code
-        if checkpoint.saved:
-            model = load_model(MODEL_PATH)
-        else:
-            model = CIFARNet().eval()
-            model.load_state_dict(checkpoint.state)
-    exit_code = score_and_show(model, args, test_set) or exit_code
+        checkpoint, history, stop_code = run_training(args, dtype, train_set)
+        saved = save_training(checkpoint, history)
+        if checkpoint.epoch is None:
+            return stop_code
+        model = checkpoint.model()
 
-    seconds = time.perf_counter() - start
-    print(f"\ntotal time {seconds:.0f} s; the model is in {MODEL_PATH}, the figures in {FIGURES}/")
+    # From here on in float32, as anyone who loads the file computes; no TF32 on NVIDIA GPUs.
+    torch.backends.cudnn.allow_tf32 = False
+    model.to(args.device)
+    images, labels = as_tensors(test_set, args.device)
+    saved &= save_predictions(model, images, labels, test_set.classes, args.images, args.image_seed)
+    if stop_code:
+        return stop_code
+    report(predict(model, images), labels, test_set.classes, args.batch_size)
+    print(f"total time {time.perf_counter() - start:.0f} s; figures in {FIGURES}/")
     if args.show:
         plt.show()
-    return exit_code
+    return int(not saved)
 
 
 def exit_status(stop):

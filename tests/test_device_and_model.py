@@ -25,9 +25,7 @@ def test_auto_prefers_mps_then_cuda_then_cpu(monkeypatch):
         ({"avx2": True}, torch.float32, "no bfloat16"),
     ],
 )
-def test_cpu_trains_in_bfloat16_only_where_the_hardware_has_it(
-    monkeypatch, features, dtype, word
-):
+def test_cpu_trains_in_bfloat16_only_where_the_hardware_has_it(monkeypatch, features, dtype, word):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
     chosen, reason = script.choose_precision("cpu")
     assert chosen == dtype

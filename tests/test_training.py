@@ -54,9 +54,7 @@ def test_same_seed_same_losses_and_predictions(sample, in_folder):
     assert other[2].train_loss != runs[0][2].train_loss
 
 
-def test_the_saved_epoch_is_the_one_with_the_lowest_validation_loss(
-    sample, in_folder, monkeypatch
-):
+def test_the_saved_epoch_is_the_one_with_the_lowest_validation_loss(sample, in_folder, monkeypatch):
     """The weights of the third of four epochs are the best, since the fourth spoils them."""
     predict, calls, states = script.predict, [], []
 
