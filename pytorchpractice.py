@@ -293,7 +293,9 @@ class TrainingBatches:
     def __init__(self, images, labels, batch_size, seed):
         self.labels, self.batch_size = labels, batch_size
         self.generator = torch.Generator().manual_seed(seed)
-        padded = F.pad(images.float(), (MAX_SHIFT,) * 4, mode="reflect").byte()
+        parts = images.split(5000)  # in parts, since padding takes floats, four times the memory
+        pad = (MAX_SHIFT,) * 4
+        padded = torch.cat([F.pad(part.float(), pad, mode="reflect").byte() for part in parts])
         # A view of every 32x32 window, (N, 3, shifts, shifts, 32, 32): shifting is one indexing.
         self.windows = padded.unfold(2, 32, 1).unfold(3, 32, 1)
         self.mirrored = torch.rand(len(labels), generator=self.generator) < 0.5
@@ -463,7 +465,7 @@ def mixed_precision(device, dtype):
 
 
 def train_step(model, optimizers, images, labels):
-    """Take one step on a batch; return its (cross-entropy, accuracy), left on the device.
+    """Take one step on a batch; return its cross-entropy and accuracy, (2,), left on the device.
 
     The optimizers minimise the label-smoothed sum; the loss returned is the plain mean, the same
     criterion as in validation.
@@ -477,7 +479,8 @@ def train_step(model, optimizers, images, labels):
         optimizer.zero_grad()
 
     with torch.no_grad():
-        return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        return torch.stack([F.cross_entropy(logits, labels), accuracy])
 
 
 @torch.no_grad()
@@ -501,17 +504,17 @@ class History:
     train_accuracy: list = field(default_factory=list)
     validation_loss: list = field(default_factory=list)
     validation_accuracy: list = field(default_factory=list)
-    batches: list = field(default_factory=list)  # tensors (cross-entropy, accuracy) on the device
+    batches: list = field(default_factory=list)  # tensors [cross-entropy, accuracy] on the device
     batches_per_epoch: int = 0
 
     def batch_accuracies(self):
         """Return the accuracy of every training batch so far, as floats."""
-        return torch.stack([accuracy for _, accuracy in self.batches]).tolist()
+        return torch.stack(self.batches)[:, 1].tolist()
 
 
 def image_sizes(epochs):
     """Return the side in pixels of the training images of each epoch."""
-    low = round(epochs * LOW_RES_PORTION)
+    low = int(epochs * LOW_RES_PORTION)  # a single epoch sees whole images
     return [LOW_RES_SIZE] * low + [32] * (epochs - low)
 
 
@@ -544,7 +547,7 @@ def train(model, batches, validation, checkpoint, history, *, epochs, device, dt
             live_line(f"{epoch:5}   batch {batch} of {len(batches)}")
 
         # Read the device once an epoch: reading every batch's loss would cost more than the step.
-        losses, accuracies = torch.tensor(history.batches[-len(batches) :]).T
+        losses, accuracies = torch.stack(history.batches[-len(batches) :]).T.cpu()
         if not losses.isfinite().all():
             first = (~losses.isfinite()).nonzero()[0].item() + 1
             raise FloatingPointError(f"the loss is not finite in epoch {epoch}, batch {first}")

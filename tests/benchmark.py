@@ -1,0 +1,264 @@
+"""Compare the script with the original's recipe, on this machine; run by hand, not by pytest.
+
+    python tests/benchmark.py               one epoch of each, in turn, three times: speed
+    python tests/benchmark.py --seeds 5     full runs of the script, one a seed: accuracy
+    --fp32                                  force float32, for either
+
+Both train on the same 45,000 images, each run in a process of its own. The original's data loader
+(images decoded and normalised one by one) is left out, which favours the original.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytorchpractice as script
+
+ORIGINAL_BATCH = 128
+
+
+def original_net():
+    """Return the original's net: five 3x3 convolutions and three linear layers."""
+
+    def stage(channels_in, channels_out, *after):
+        return nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.ReLU(), *after
+
+    return nn.Sequential(
+        *stage(3, 16),
+        *stage(16, 32, nn.MaxPool2d(2)),
+        *stage(32, 64, nn.BatchNorm2d(64)),
+        *stage(64, 128, nn.MaxPool2d(2), nn.BatchNorm2d(128)),
+        *stage(128, 256, nn.BatchNorm2d(256)),
+        nn.AdaptiveAvgPool2d(6),
+        nn.Flatten(),
+        *(nn.Dropout(), nn.Linear(256 * 6 * 6, 1024), nn.ReLU()),
+        *(nn.Dropout(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)),
+    )
+
+
+def normalise(images):
+    """Return uint8 images as the original feeds them: float32, about zero mean and unit variance."""
+    return images.float() / 127.5 - 1
+
+
+def train_original(images, labels, validation, device, epochs):
+    """Train the original's recipe; return the seconds of each epoch, validation included."""
+    model = original_net().to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, weight_decay=1e-4)
+    seconds = []
+    for _ in range(epochs):
+        start = time.perf_counter()
+        model.train()
+        for batch in torch.randperm(len(labels)).to(device).split(ORIGINAL_BATCH):
+            optimizer.zero_grad()
+            F.cross_entropy(model(normalise(images[batch])), labels[batch]).backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            logits = torch.cat([model(normalise(b)) for b in validation[0].split(ORIGINAL_BATCH)])
+        _, accuracy = script.score(logits, validation[1])
+        seconds.append(time.perf_counter() - start)
+        print(f"  original: {seconds[-1]:.1f} s, validation {accuracy:.1%}", file=sys.stderr)
+    return seconds
+
+
+def train_script(images, labels, validation, device, dtype, size):
+    """Train one epoch of the script's recipe at an image size; return its seconds."""
+    model = script.CIFARNet()
+    model.fit_input(images)
+    model.to(device, memory_format=script.memory_format(device))
+    batches = script.TrainingBatches(images, labels, script.BATCH_SIZE, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = script.Checkpoint(Path(folder, "model.pt"))
+        script.image_sizes = lambda epochs: [size] * epochs
+        start = time.perf_counter()
+        script.train(
+            model,
+            batches,
+            validation,
+            checkpoint,
+            script.History(),
+            epochs=1,
+            device=device,
+            dtype=dtype,
+        )
+        return time.perf_counter() - start
+
+
+def matmul_rate(device, dtype, size=2048):
+    """Return the TFLOP/s of a matrix product of this size: what the machine gives at this moment."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds) / 1e12
+
+
+def flops(epochs):
+    """Return the FLOPs of a full run of the script, by torch's own counter, on the meta device."""
+
+    def count(function, model, images):
+        with FlopCounterMode(display=False) as counter:
+            function(model, images)
+        return counter.get_total_flops()
+
+    def step(model, images):
+        labels = torch.zeros(len(images), dtype=torch.int64, device="meta")
+        optimizers, _ = script.make_optimizers(model, len(images), 1)
+        script.train_step(model.train(), optimizers, images, labels)
+
+    n = script.BATCH_SIZE
+    model = script.CIFARNet().to("meta")
+    total = 0
+    for size in script.image_sizes(epochs):
+        images = torch.zeros(n, 3, size, size, device="meta")
+        total += count(step, model, images) * (script.TRAINING_IMAGES // n)
+    images = torch.zeros(n, 3, 32, 32, dtype=torch.uint8, device="meta")
+    return total + epochs * count(script.predict, model, images) * (5_000 // n)
+
+
+def measure(what, device, dtype):
+    """Measure one thing in this process, and print it as JSON on the last line."""
+    train_set, _ = script.load_cifar10(ROOT / "data")
+    images, labels = script.as_tensors(train_set, device)
+    training, validation = (part.to(device) for part in script.split_indices(len(labels), 0))
+    held_out = images[validation], labels[validation]
+    images, labels = images[training], labels[training]
+    if what == "original":
+        seconds = train_original(images, labels, held_out, device, epochs=1)[0]
+    else:
+        seconds = train_script(images, labels, held_out, device, dtype, int(what))
+    result = {"seconds": seconds, "matmul": matmul_rate(device, dtype)}
+    print(json.dumps({**result, "peak_gib": peak_memory()}))
+
+
+def peak_memory():
+    """Return this process's peak resident memory in GiB."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def child(arguments, what):
+    """Measure in a process of its own; return what it printed."""
+    command = [sys.executable, __file__, "--measure", what, "--device", arguments.device]
+    command += ["--fp32"] * arguments.fp32
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare_speed(arguments):
+    """Print the seconds an epoch of both recipes, alternating, and their ratio over ten epochs."""
+    sizes = script.image_sizes(script.EPOCHS)
+    kinds = ["original", *map(str, sorted(set(sizes)))]
+    results = {kind: [] for kind in kinds}
+    for turn in range(arguments.turns):
+        for kind in kinds:
+            result = child(arguments, kind)
+            results[kind].append(result)
+            name = kind if kind == "original" else f"script at {kind} pixels"
+            print(
+                f"turn {turn + 1}: {name:20} {result['seconds']:6.1f} s an epoch, matmul "
+                f"{result['matmul']:.2f} TFLOP/s, peak {result['peak_gib']:.2f} GiB",
+                flush=True,
+            )
+    ratios = []
+    for turn in range(arguments.turns):
+        ours = sum(results[str(size)][turn]["seconds"] for size in sizes)
+        ratios.append(ours / (len(sizes) * results["original"][turn]["seconds"]))
+    total = flops(script.EPOCHS)
+    seconds = sum(
+        statistics.median(result["seconds"] for result in results[str(size)]) for size in sizes
+    )
+    rate = statistics.median(r["matmul"] for kind in kinds[1:] for r in results[kind])
+    print(f"\n{len(sizes)} epochs of the script: {seconds:.0f} s, {total / 1e15:.3f} PFLOP")
+    print(f"that is {total / seconds / 1e12:.2f} TFLOP/s, beside {rate:.2f} of a matmul")
+    print(
+        f"ratio to the original's {len(sizes)} epochs: median {statistics.median(ratios):.2f}, "
+        f"from {min(ratios):.2f} to {max(ratios):.2f}"
+    )
+
+
+def compare_seeds(arguments):
+    """Print the results of full default runs of the script, one a seed."""
+    accuracies = []
+    for seed in range(arguments.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-c", FORCED] if arguments.fp32 else [sys.executable]
+            command += [str(ROOT / "pytorchpractice.py"), "--device", arguments.device]
+            command += ["--seed", str(seed), "--data", str(ROOT / "data")]
+            start = time.perf_counter()
+            lines, epochs = [], []
+            with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as run:
+                for line in run.stdout:
+                    lines.append(line)
+                    if len(line.split()) > 5 and line.split()[0].isdigit() and "%" in line:
+                        epochs.append(line.split())
+                    print(f"  seed {seed}: {line}", end="", file=sys.stderr, flush=True)
+                _, _, usage = os.wait4(run.pid, 0)
+        if not any(line.startswith("test set") for line in lines):
+            sys.exit(f"seed {seed} failed")
+        result = next(line for line in lines if line.startswith("test set"))
+        accuracies.append(float(result.split("accuracy")[1].strip(" %\n")))
+        loss = min(float(row[3]) for row in epochs)
+        seconds = sum(float(row[5]) for row in epochs)
+        unit = 1 if sys.platform == "darwin" else 1024
+        print(
+            f"seed {seed}: validation loss {loss:.4f}, test accuracy {accuracies[-1]:.2f} %, "
+            f"{seconds:.0f} s in epochs, {time.perf_counter() - start:.0f} s in all, "
+            f"peak {usage.ru_maxrss * unit / 2**30:.2f} GiB",
+            flush=True,
+        )
+    spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    print(f"\n{len(accuracies)} seeds: {statistics.mean(accuracies):.2f} % ± {spread:.2f}")
+
+
+# Runs the script as a program with bfloat16 switched off.
+FORCED = """
+import runpy, sys, torch
+torch.cpu.get_capabilities = dict
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def main():
+    """Read the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, help="make full runs with this many seeds")
+    parser.add_argument("--turns", type=int, default=3, help="epochs of each kind, alternating")
+    parser.add_argument("--fp32", action="store_true", help="force float32")
+    parser.add_argument("--device", default=script.available_devices()[0])
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    precision = script.choose_precision(arguments.device)
+    dtype, reason = (torch.float32, "forced") if arguments.fp32 else precision
+    if arguments.measure:
+        measure(arguments.measure, arguments.device, dtype)
+        return
+    script.describe(arguments.device, dtype, reason)
+    if arguments.seeds:
+        compare_seeds(arguments)
+    else:
+        compare_speed(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""README and shipped model: what they say is what one gets."""
+
+import re
+
+import numpy as np
+import pytest
+import pytorchpractice as script
+import torch
+from conftest import ROOT, assert_loads
+from torchvision.transforms.functional import to_pil_image
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+STATED = re.search(r"test set, 10,000 images: loss ([\d.]+), accuracy ([\d.]+)%", README)
+
+
+@pytest.fixture
+def shipped(monkeypatch):
+    """Run the README's first block in the repository's folder; return the variables it makes."""
+    monkeypatch.chdir(ROOT)
+    variables = {}
+    exec(BLOCKS[0], variables)
+    return variables
+
+
+def test_shipped_model_is_whole_and_small():
+    assert_loads(ROOT / "nnmodel_cifar10.pt")
+    assert (ROOT / "nnmodel_cifar10.pt").stat().st_size < 20e6
+
+
+def test_shipped_model_loaded_by_hand_classifies_the_sample(shipped, sample):
+    """On 200 test images, 0.06 is over three standard deviations of an accuracy of 0.93."""
+    images, labels = script.as_tensors(sample[1], "cpu")
+    with torch.no_grad():
+        _, accuracy = script.score(shipped["model"](images / 255), labels)
+    assert accuracy == pytest.approx(float(STATED[2]) / 100, abs=0.06)
+
+
+def test_shipped_model_scores_what_the_readme_states(shipped, full_data):
+    images, labels = script.as_tensors(full_data[1], "cpu")
+    loss, accuracy = script.score(script.predict(shipped["model"], images), labels)
+    assert accuracy == pytest.approx(float(STATED[2]) / 100, abs=3e-4)
+    assert loss == pytest.approx(float(STATED[1]), abs=1e-3)
+    assert accuracy >= 0.93
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
+def test_a_picture_of_ones_own_is_classified(shipped, sample, mode, tmp_path, capsys, monkeypatch):
+    """An enlarged test image that the model gets right, in any mode, is still recognised."""
+    monkeypatch.chdir(tmp_path)
+    images, labels = script.as_tensors(sample[1], "cpu")
+    logits = script.predict(shipped["model"], images)
+    hits = (logits.argmax(1) == labels).nonzero().flatten()
+    surest = hits[logits[hits].softmax(1).amax(1).argmax()]
+    picture = to_pil_image(np.asarray(sample[1].data[surest])).resize((300, 200)).convert(mode)
+    picture.save("picture.jpg", "png" if mode in ("RGBA", "P") else "jpeg")
+    exec(BLOCKS[1], shipped)
+    said = capsys.readouterr().out.split()
+    if mode == "L":  # without colour it may err
+        assert said[0] in sample[1].classes
+    else:
+        assert said[0] == sample[1].classes[labels[surest]]
+    assert 0 < int(said[1].rstrip("%")) <= 100
+
+
+def test_readme_names_the_first_two_commands_and_the_settings():
+    for line in ("    pip install -r requirements.txt\n", "    python pytorchpractice.py\n"):
+        assert line in README
+    assert f"images of {script.LOW_RES_SIZE}×{script.LOW_RES_SIZE} pixels" in README
+    assert f"images in a batch ({script.BATCH_SIZE})" in README
+    assert f"smoothing](https://arxiv.org/abs/1512.00567) of {script.LABEL_SMOOTHING}" in README
+
+
+def test_top_level_holds_what_it_should():
+    names = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__"))}
+    ignored = {"data"}
+    assert names - ignored == {
+        "pytorchpractice.py",
+        "figures",
+        "nnmodel_cifar10.pt",
+        "README.md",
+        "requirements.txt",
+        "tests",
+    }
