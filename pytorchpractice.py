@@ -555,6 +555,8 @@ def train(model, batches, validation, checkpoint, history, *, epochs, device, dt
             validation_loss, validation_accuracy = score(
                 predict(model, validation[0]), validation[1]
             )
+        if not math.isfinite(validation_loss):
+            raise FloatingPointError(f"the validation loss is not finite in epoch {epoch}")
         history.train_loss.append(losses.mean().item())
         history.train_accuracy.append(accuracies.mean().item())
         history.validation_loss.append(validation_loss)
@@ -610,9 +612,8 @@ class Checkpoint:
 
     def keep(self, model, epoch, loss):
         """Take the model's weights, those of `epoch`, as the best, and save them."""
-        state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-        # A copy: on the CPU the tensors above are the model's own.
-        self.state = {name: tensor.clone() for name, tensor in state.items()}
+        state = model.state_dict().items()
+        self.state = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in state}
         self.loss, self.epoch, self.saved = loss, epoch, False
         self.save()
 
@@ -832,6 +833,11 @@ def on_sigterm(*_):
     raise Terminated
 
 
+def exit_status(stop):
+    """Return the exit code by which shells know the signal that a KeyboardInterrupt stands for."""
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+
+
 def run_training(args, dtype, train_set):
     """Set up and train until the end, a signal or a fault; return (checkpoint, history, code).
 
@@ -899,7 +905,9 @@ def main(argv=None):
 
     dtype, reason = choose_precision(args.device)
     describe(args.device, dtype, reason)
-    check_writable(Path(), FIGURES, args.data)
+    check_writable(Path(), FIGURES)
+    if not args.data.is_dir():  # a data set that is there may well be read-only
+        check_writable(args.data)
     clear_debris()
     model = load_model(MODEL_PATH) if args.evaluate else None  # before a download that may be vain
     try:
@@ -927,11 +935,6 @@ def main(argv=None):
     if args.show:
         plt.show()
     return int(not saved)
-
-
-def exit_status(stop):
-    """Return the exit code by which shells know the signal that a KeyboardInterrupt stands for."""
-    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The script as a program: what it leaves, what it says, and how it ends."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,13 @@ def test_ends_quietly_when_its_reader_is_gone(tmp_path):
     )
     assert len(done.stdout.splitlines()) == 1
     assert done.stderr == ""
+
+
+def test_takes_its_data_from_a_folder_that_is_read_only(small_disk, sample_copy, tmp_path):  # noqa: F811
+    shutil.copytree(sample_copy, small_disk / "data")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    code, output = run_script(tmp_path, "--epochs", 1, "--data", small_disk / "data")
+    assert code == 0, output
 
 
 # Arguments
