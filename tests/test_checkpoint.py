@@ -7,9 +7,10 @@ import subprocess
 import time
 
 import pytest
-import pytorchpractice as script
 import torch
 from conftest import MODEL, assert_loads, no_debris, random_model
+
+import pytorchpractice as script
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
 """Device and model: what runs where, and what goes in and out of the net."""
 
 import pytest
-import pytorchpractice as script
 import torch
 from conftest import random_model
+
+import pytorchpractice as script
 
 
 def test_auto_prefers_mps_then_cuda_then_cpu(monkeypatch):

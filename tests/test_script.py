@@ -8,7 +8,6 @@ import sys
 import time
 
 import pytest
-import pytorchpractice as script
 import torch
 from conftest import (
     MODEL,
@@ -23,6 +22,8 @@ from conftest import (
 )
 from matplotlib.image import imread
 from test_checkpoint import fill, small_disk  # noqa: F401
+
+import pytorchpractice as script
 
 FIGURES = ("nnmodel_loss.png", "nnmodel_accuracy.png", "test_images_pred_actual.png")
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-import pytorchpractice as script
 import torch
 import torch.nn.functional as F
 from conftest import MODEL, TESTS, assert_loads, random_model
+
+import pytorchpractice as script
 
 
 @pytest.fixture
