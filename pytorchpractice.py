@@ -172,9 +172,7 @@ class CIFAR10Npm(CIFAR10):
     sha256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
     train_list = tuple(f"data_batch_{i}.png" for i in range(1, 6))
     test_list = ("test_batch.png",)
-    classes = tuple(
-        ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    )
+    classes = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
 
     def __init__(self, root, train=True, download=False):
         VisionDataset.__init__(self, root)
