@@ -50,6 +50,31 @@ def full_data():
         pytest.skip(f"this test needs all 60,000 images: {error}")
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a file system of 12 MB, room for one checkpoint and a half; return its folder."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this test needs the right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder):
+    """Fill the file system of a folder to the last byte; return the file that does."""
+    filler = folder / "filler"
+    with open(filler, "wb", buffering=0) as file:
+        for size in (1 << 16, 1):
+            try:
+                while file.write(bytes(size)) == size:
+                    pass
+            except OSError:
+                pass
+    return filler
+
+
 def command(*arguments):
     """Return the command that runs the script on the sample, with batches of 50 images."""
     runner = [sys.executable, str(TESTS / "run_on_sample.py"), "--data", str(TESTS / "data")]

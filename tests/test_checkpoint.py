@@ -8,34 +8,9 @@ import time
 
 import pytest
 import torch
-from conftest import MODEL, assert_loads, no_debris, random_model
+from conftest import MODEL, assert_loads, fill, no_debris, random_model
 
 import pytorchpractice as script
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mount a file system of 12 MB, room for one checkpoint and a half; return its folder."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("this test needs the right to mount a small file system")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(folder):
-    """Fill the file system of a folder to the last byte; return the file that does."""
-    filler = folder / "filler"
-    with open(filler, "wb", buffering=0) as file:
-        for size in (1 << 16, 1):
-            try:
-                while file.write(bytes(size)) == size:
-                    pass
-            except OSError:
-                pass
-    return filler
 
 
 def test_the_file_gives_the_same_predictions_by_hand(tmp_path):

@@ -1,5 +1,8 @@
 """Training: it learns, it is repeatable, it saves the best epoch, its numbers are right."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -167,9 +170,6 @@ def test_training_in_bfloat16_agrees_with_float32(sample, in_folder):
 
 
 def test_import_does_nothing(tmp_path):
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-c", "from pytorchpractice import CIFARNet; CIFARNet()"],
         cwd=tmp_path,
