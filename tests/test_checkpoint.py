@@ -4,11 +4,12 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import MODEL, assert_loads, fill, no_debris, random_model
+from conftest import MODEL, TESTS, assert_loads, fill, no_debris, random_model
 
 import pytorchpractice as script
 
@@ -40,9 +41,8 @@ def test_what_is_kept_does_not_change_with_the_model(tmp_path):
     assert checkpoint.state["head.weight"].abs().sum() > 0
 
 
-def test_killed_at_any_moment_the_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
-    """50 children save without pause and are killed, each at another moment."""
-    monkeypatch.chdir(tmp_path)
+def save_and_be_killed():
+    """Let 50 children save without pause, kill each at another moment, and look at the file."""
     models = [random_model(seed) for seed in range(2)]
     known = [model.head.weight.detach().clone() for model in models]
     script.Checkpoint(script.MODEL_PATH).keep(models[0], epoch=1, loss=1.0)
@@ -59,27 +59,44 @@ def test_killed_at_any_moment_the_file_is_the_old_one_or_the_new_one(tmp_path, m
         assert_loads(MODEL)
         weight = torch.load(MODEL, weights_only=True)["head.weight"]
         assert any(torch.equal(weight, other) for other in known)
-        interrupted += not no_debris(tmp_path)
+        interrupted += not no_debris(".")
         script.clear_debris()
-        assert no_debris(tmp_path)
+        assert no_debris(".")
     assert interrupted > 0  # some were hit in the middle of a save
 
 
-def test_two_writers_at_once_leave_a_whole_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def save_from_two_processes():
+    """Save 40 times from two processes at once, and look at the file each time."""
     model = random_model()
     script.Checkpoint(script.MODEL_PATH).keep(model, epoch=1, loss=1.0)
     child = os.fork()
-    if child == 0:
-        for _ in range(40):
-            script.Checkpoint(script.MODEL_PATH).keep(model, epoch=1, loss=1.0)
-        os._exit(0)
     for _ in range(40):
         script.Checkpoint(script.MODEL_PATH).keep(model, epoch=1, loss=1.0)
         assert_loads(MODEL)
+    if child == 0:
+        os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert_loads(MODEL)
-    assert no_debris(tmp_path)
+    assert no_debris(".")
+
+
+def run_alone(function, folder):
+    """Run a function of this file in a process with one thread, since forks inherit no threads."""
+    subprocess.run(
+        [sys.executable, "-c", f"import conftest, test_checkpoint as t; t.{function.__name__}()"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=120,
+    )
+
+
+def test_killed_at_any_moment_the_file_is_the_old_one_or_the_new_one(tmp_path):
+    run_alone(save_and_be_killed, tmp_path)
+
+
+def test_two_writers_at_once_leave_a_whole_file(tmp_path):
+    run_alone(save_from_two_processes, tmp_path)
 
 
 def test_full_disk_keeps_the_old_file_and_the_best_weights(small_disk):
