@@ -736,7 +736,7 @@ def plot_predictions(images, logits, labels, classes):
         wrong = bool(prediction != label)
         ax.axis("on")
         ax.set(xticks=[], yticks=[])
-        ax.imshow(image.permute(1, 2, 0), interpolation="nearest")
+        ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
         ax.spines[:].set(color=ORANGE if wrong else "black", linewidth=5 if wrong else 0.5)
         ax.set_title(
             f"{'✗ ' if wrong else ''}{classes[prediction]}\n{probability:.0%}",

@@ -1,5 +1,8 @@
 """The script as a program: what it leaves, what it says, and how it ends."""
 
+import contextlib
+import os
+import pty
 import re
 import shutil
 import signal
@@ -131,6 +134,26 @@ def test_takes_its_data_from_a_folder_that_is_read_only(small_disk, sample_copy,
     assert code == 0, output
 
 
+def test_shows_a_live_line_on_a_terminal(tmp_path):
+    terminal, end = pty.openpty()
+    process = start_script(tmp_path, "--epochs", 1, stdout=end)
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that its other end is closed
+        while chunk := os.read(terminal, 4096):
+            shown += chunk
+    os.close(terminal)
+    assert process.wait(timeout=60) == 0
+    assert b"\r    1   batch 1 of 10" in shown
+    assert b"\r    1   batch 10 of 10" in shown
+
+
+def test_show_ends_where_there_is_no_display(finished):
+    code, output = run_script(finished[0], "--evaluate", "--show", env={"DISPLAY": ""})
+    assert code == 0, output
+    assert "Traceback" not in output
+
+
 # Arguments
 
 
@@ -237,6 +260,24 @@ def test_one_figure_that_cannot_be_written_costs_only_itself(tmp_path):
     assert "Traceback" not in output
     for name in FIGURES[1:]:
         assert imread(tmp_path / "figures" / name).size
+    assert_loads(tmp_path / MODEL)
+
+
+def test_loss_that_is_not_finite_ends_with_1_and_the_best_epoch(
+    tmp_path, sample_copy, monkeypatch, capsys
+):
+    step, calls = script.train_step, []
+
+    def poisoned_step(model, optimizers, images, labels):
+        calls.append(1)
+        return step(model, optimizers, images * (torch.nan if len(calls) == 14 else 1), labels)
+
+    monkeypatch.setattr(script, "train_step", poisoned_step)
+    monkeypatch.chdir(tmp_path)
+    assert script.main(["--data", str(sample_copy), "--batch-size", "50", "--epochs", "3"]) == 1
+    said = capsys.readouterr().out
+    assert "stopped: the loss is not finite in epoch 2, batch 4" in said
+    assert "the weights of epoch 1" in said
     assert_loads(tmp_path / MODEL)
 
 
