@@ -505,7 +505,6 @@ class History:
     train_loss: list = field(default_factory=list)
     train_accuracy: list = field(default_factory=list)
     validation_loss: list = field(default_factory=list)
-    validation_accuracy: list = field(default_factory=list)
     batches: list = field(default_factory=list)  # tensors [cross-entropy, accuracy] on the device
     batches_per_epoch: int = 0
 
@@ -547,6 +546,7 @@ def train(model, batches, validation, checkpoint, history, *, epochs, device, dt
             for scheduler in schedulers:
                 scheduler.step()
             live_line(f"{epoch:5}   batch {batch} of {len(batches)}")
+        live_line("")
 
         # Read the device once an epoch: reading every batch's loss would cost more than the step.
         losses, accuracies = torch.stack(history.batches[-len(batches) :]).T.cpu()
@@ -562,7 +562,6 @@ def train(model, batches, validation, checkpoint, history, *, epochs, device, dt
         history.train_loss.append(losses.mean().item())
         history.train_accuracy.append(accuracies.mean().item())
         history.validation_loss.append(validation_loss)
-        history.validation_accuracy.append(validation_accuracy)
 
         improved = validation_loss < checkpoint.loss
         if improved:
@@ -570,7 +569,6 @@ def train(model, batches, validation, checkpoint, history, *, epochs, device, dt
 
         now = time.perf_counter()
         left = (now - start) * (1 / work[epoch] - 1)
-        live_line("")
         print(
             f"{epoch:5}   {losses.mean():13.4f}   {accuracies.mean():5.1%}   "
             f"{validation_loss:15.4f}   {validation_accuracy:5.1%}   {now - epoch_start:7.1f}   "
