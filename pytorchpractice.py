@@ -39,6 +39,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+if __name__ == "__main__":  # until main handles it, Ctrl-C ends the script without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 # Huge pages for torch's CPU memory (Linux; set before the import): a step takes 0.84 of the time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no word on a home that is read-only
@@ -72,6 +75,7 @@ LOW_RES_SIZE = 24  # pixels: the first epochs see smaller images, at half the wo
 LOW_RES_PORTION = 0.6  # ... and this is their part of all epochs
 MAX_SHIFT = 2  # pixels: random translation of a training image
 LABEL_SMOOTHING = 0.2
+SURE = 0.7  # probability: below it, the trained net takes three more looks
 
 MUON_LR = 0.08  # 3x3 convolutions; every rate falls linearly to 0 over the run
 MUON_MOMENTUM = 0.6
@@ -98,22 +102,18 @@ def choose_precision(device):
 
     bfloat16 only where the hardware multiplies it: elsewhere it is emulated, many times slower.
     """
+    if device == "mps":
+        return torch.float32, "bfloat16 gains nothing on Apple's GPUs"
     if device == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "this GPU has it"
         return torch.float32, "this GPU has no bfloat16"
-    if device == "cpu":
-        with contextlib.suppress(AttributeError):  # an older torch can't tell: float32
-            features = torch.cpu.get_capabilities()
-            for feature, name in (
-                ("amx_bf16", "AMX"),
-                ("avx512_bf16", "AVX-512 BF16"),
-                ("bf16", "Arm BF16"),
-            ):
-                if features.get(feature):
-                    return torch.bfloat16, f"this processor has {name}"
-        return torch.float32, "this processor has no bfloat16"
-    return torch.float32, "bfloat16 gains nothing on Apple's GPUs"
+    features = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch can't tell
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "bf16": "Arm BF16"}
+    for feature, name in names.items():
+        if features.get(feature):
+            return torch.bfloat16, f"this processor has {name}"
+    return torch.float32, "this processor has no bfloat16"
 
 
 def memory_format(device):
@@ -328,49 +328,58 @@ class TrainingBatches:
 # --------------------------------------------------------------------------------------------------
 
 
+def convolution(channels_in, channels_out):
+    """Return a 3x3 convolution that starts by passing its input on."""
+    conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+    nn.init.dirac_(conv.weight[:channels_in])
+    return conv
+
+
+def normalisation(channels):
+    """Return a BatchNorm without scale: the next layer has its own."""
+    norm = nn.BatchNorm2d(channels, momentum=0.4)  # short runs need young statistics
+    norm.weight.requires_grad_(False)
+    return norm
+
+
 class Block(nn.Module):
-    """Two 3x3 convolutions with BatchNorm; (N, C, H, W) to (N, D, H // 2, W // 2)."""
+    """Two 3x3 convolutions, or three with a residual; (N, C, H, W) to (N, D, H // 2, W // 2)."""
 
-    def __init__(self, channels_in, channels_out):
+    def __init__(self, channels_in, channels_out, residual):
         super().__init__()
-        self.conv1 = self.convolution(channels_in, channels_out)
-        self.norm1 = self.normalisation(channels_out)
-        self.conv2 = self.convolution(channels_out, channels_out)
-        self.norm2 = self.normalisation(channels_out)
-
-    @staticmethod
-    def convolution(channels_in, channels_out):
-        conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
-        nn.init.dirac_(conv.weight[:channels_in])  # start by passing the input on
-        return conv
-
-    @staticmethod
-    def normalisation(channels):
-        norm = nn.BatchNorm2d(channels, momentum=0.4)  # short runs need young statistics
-        norm.weight.requires_grad_(False)  # the scale stays 1: the next layer has its own
-        return norm
+        self.conv1 = convolution(channels_in, channels_out)
+        self.norm1 = normalisation(channels_out)
+        self.conv2 = convolution(channels_out, channels_out)
+        self.norm2 = normalisation(channels_out)
+        self.residual = residual
+        if residual:
+            self.conv3 = convolution(channels_out, channels_out)
+            self.norm3 = normalisation(channels_out)
 
     def forward(self, x):
         x = F.max_pool2d(self.conv1(x), 2)
-        x = F.relu(self.norm1(x))
-        return F.relu(self.norm2(self.conv2(x)))
+        x = F.gelu(self.norm1(x))
+        y = F.gelu(self.norm2(self.conv2(x)))
+        return F.gelu(x + self.norm3(self.conv3(y))) if self.residual else y
 
 
 class CIFARNet(nn.Module):
     """A convolutional net for 32x32 colour images, after airbench94 (arXiv:2404.00498).
 
-    In: float images in [0, 1], (N, 3, 32, 32). Out: logits, (N, n_classes). In eval mode the logits
-    are the mean of those of the image and of its mirror image.
+    In: float images in [0, 1], (N, 3, 32, 32). Out: logits, (N, n_classes). In eval mode, an image
+    about which the net is unsure is looked at four times, and the logits are the mean.
     """
 
     def __init__(self, n_classes=10):
         super().__init__()
         self.register_buffer("mean", torch.zeros(3, 1, 1))
         self.register_buffer("std", torch.ones(3, 1, 1))
-        self.whiten = nn.Conv2d(3, 24, 2, bias=False).requires_grad_(False)
-        channels = (24, *WIDTHS)
-        self.blocks = nn.Sequential(*map(Block, channels[:-1], channels[1:]))
-        self.head = nn.Linear(channels[-1], n_classes, bias=False)
+        self.whiten = nn.Conv2d(3, 24, 2)
+        self.whiten.weight.requires_grad_(False)
+        nn.init.zeros_(self.whiten.bias)
+        a, b, c = WIDTHS
+        self.blocks = nn.Sequential(Block(24, a, False), Block(a, b, False), Block(b, c, True))
+        self.head = nn.Linear(c, n_classes, bias=False)
         nn.init.normal_(self.head.weight)
 
     @torch.no_grad()
@@ -378,7 +387,7 @@ class CIFARNet(nn.Module):
         """Set normalisation and whitening from training images, uint8 (N, 3, 32, 32).
 
         The first layer's filters are the principal components of 2x2 patches, scaled to variance 1,
-        each with both signs since a ReLU follows (hlb-CIFAR10; arXiv:2404.00498). They stay fixed.
+        each with both signs, since what follows keeps one (hlb-CIFAR10; arXiv:2404.00498).
         """
         images = to_unit_interval(images[:5000].cpu())  # on the CPU: eigh, and exact sums
         self.std.copy_(images.std((0, 2, 3)).view(3, 1, 1))
@@ -391,16 +400,28 @@ class CIFARNet(nn.Module):
 
     def classify(self, images):
         x = (images - self.mean) / self.std  # (N, 3, 32, 32)
-        x = F.relu(self.whiten(x))  # (N, 24, 31, 31)
+        x = F.gelu(self.whiten(x))  # (N, 24, 31, 31)
         x = self.blocks(x)  # (N, 64, 15, 15), (N, 256, 7, 7), (N, 256, 3, 3)
         x = x.amax((2, 3))  # (N, 256)
         return self.head(x) / x.shape[1]  # (N, n_classes)
 
     def forward(self, images):
+        logits = self.classify(images)
         if self.training:
-            return self.classify(images)
-        # The mirror image costs a second pass and saves one error in nine.
-        return (self.classify(images) + self.classify(images.flip(3))) / 2
+            return logits
+        unsure = logits.softmax(1).amax(1) < SURE
+        doubtful = images[unsure]
+        if len(doubtful):
+            # One look at most images and four at the rest costs less than two looks at all.
+            views = self.other_views(doubtful)
+            logits[unsure] = (logits[unsure] + sum(map(self.classify, views))) / (1 + len(views))
+        return logits
+
+    @staticmethod
+    def other_views(images):
+        """Return three more views of images: one mirrored, two shifted of which one is mirrored."""
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        return images.flip(3), padded[:, :, :-2, :-2], padded[:, :, 2:, 2:].flip(3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -447,7 +468,7 @@ def make_optimizers(model, batch_size, steps):
     """Return (optimizers, schedulers): Muon for convolutions, SGD for biases and head."""
     decay = WEIGHT_DECAY * batch_size
     convolutions = [p for p in model.blocks.parameters() if p.ndim == 4]
-    biases = [p for p in model.blocks.parameters() if p.ndim == 1 and p.requires_grad]
+    biases = [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]
     groups = [
         {"params": biases, "lr": BIAS_LR, "weight_decay": decay / BIAS_LR},
         {"params": [model.head.weight], "lr": HEAD_LR, "weight_decay": decay / HEAD_LR},
@@ -500,17 +521,45 @@ def score(logits, labels):
 
 @dataclass
 class History:
-    """What a run recorded: a list has one entry an epoch, those of batches one a batch."""
+    """What a run recorded: a list has one entry an epoch, `batches` one a batch."""
 
     train_loss: list = field(default_factory=list)
     train_accuracy: list = field(default_factory=list)
     validation_loss: list = field(default_factory=list)
+    validation_accuracy: list = field(default_factory=list)
     batches: list = field(default_factory=list)  # tensors [cross-entropy, accuracy] on the device
     batches_per_epoch: int = 0
 
     def batch_accuracies(self):
         """Return the accuracy of every training batch so far, as floats."""
         return torch.stack(self.batches)[:, 1].tolist()
+
+    def end_epoch(self, validation_loss, validation_accuracy):
+        """Add an epoch: the means over its batches, and what the validation gave.
+
+        Raises:
+            FloatingPointError: a loss is not finite; names the epoch and the batch.
+        """
+        # Read from the device once an epoch: to read every batch's loss costs more than its step.
+        losses, accuracies = torch.stack(self.batches[-self.batches_per_epoch :]).T.cpu()
+        epoch = len(self.train_loss) + 1
+        for batch, loss in enumerate(losses.tolist(), 1):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is not finite in epoch {epoch}, batch {batch}")
+        if not math.isfinite(validation_loss):
+            raise FloatingPointError(f"the validation loss is not finite in epoch {epoch}")
+        self.train_loss.append(losses.mean().item())
+        self.train_accuracy.append(accuracies.mean().item())
+        self.validation_loss.append(validation_loss)
+        self.validation_accuracy.append(validation_accuracy)
+
+    def row(self):
+        """Return the last epoch as a row of the table that `train` prints."""
+        return (
+            f"{len(self.train_loss):5}   {self.train_loss[-1]:13.4f}   "
+            f"{self.train_accuracy[-1]:5.1%}   {self.validation_loss[-1]:15.4f}   "
+            f"{self.validation_accuracy[-1]:5.1%}"
+        )
 
 
 def image_sizes(epochs):
@@ -531,7 +580,8 @@ def train(model, batches, validation, checkpoint, history, *, epochs, device, dt
     """
     optimizers, schedulers = make_optimizers(model, batches.batch_size, epochs * len(batches))
     sizes = image_sizes(epochs)
-    work = np.cumsum([0] + [size**2 for size in sizes]) / sum(size**2 for size in sizes)
+    work = np.cumsum(np.square(sizes))  # of the epochs so far, in pixels
+    validation_images, validation_labels = validation
     history.batches_per_epoch = len(batches)
     start = time.perf_counter()
     print("\nepoch   training loss     acc   validation loss     acc   seconds   left")
@@ -540,7 +590,6 @@ def train(model, batches, validation, checkpoint, history, *, epochs, device, dt
         epoch_start = time.perf_counter()
         model.train()
         for batch, (images, labels) in enumerate(batches.epoch(size), 1):
-            images = images.contiguous(memory_format=memory_format(device))
             with mixed_precision(device, dtype):
                 history.batches.append(train_step(model, optimizers, images, labels))
             for scheduler in schedulers:
@@ -548,33 +597,18 @@ def train(model, batches, validation, checkpoint, history, *, epochs, device, dt
             live_line(f"{epoch:5}   batch {batch} of {len(batches)}")
         live_line("")
 
-        # Read the device once an epoch: reading every batch's loss would cost more than the step.
-        losses, accuracies = torch.stack(history.batches[-len(batches) :]).T.cpu()
-        if not losses.isfinite().all():
-            first = (~losses.isfinite()).nonzero()[0].item() + 1
-            raise FloatingPointError(f"the loss is not finite in epoch {epoch}, batch {first}")
         with mixed_precision(device, dtype):
-            validation_loss, validation_accuracy = score(
-                predict(model, validation[0]), validation[1]
-            )
-        if not math.isfinite(validation_loss):
-            raise FloatingPointError(f"the validation loss is not finite in epoch {epoch}")
-        history.train_loss.append(losses.mean().item())
-        history.train_accuracy.append(accuracies.mean().item())
-        history.validation_loss.append(validation_loss)
+            validation_logits = predict(model, validation_images)
+        history.end_epoch(*score(validation_logits, validation_labels))
 
-        improved = validation_loss < checkpoint.loss
-        if improved:
-            checkpoint.keep(model, epoch, validation_loss)
+        mark = ""
+        if history.validation_loss[-1] < checkpoint.loss:
+            checkpoint.keep(model, epoch, history.validation_loss[-1])
+            mark = f"NOT saved: {checkpoint.fault}" if checkpoint.fault else "saved"
 
         now = time.perf_counter()
-        left = (now - start) * (1 / work[epoch] - 1)
-        print(
-            f"{epoch:5}   {losses.mean():13.4f}   {accuracies.mean():5.1%}   "
-            f"{validation_loss:15.4f}   {validation_accuracy:5.1%}   {now - epoch_start:7.1f}   "
-            f"{left:3.0f}s{'   ' + checkpoint.word if improved else ''}",
-            flush=True,
-        )
+        left = (now - start) * (work[-1] / work[epoch - 1] - 1)
+        print(f"{history.row()}   {now - epoch_start:7.1f}   {left:3.0f}s   {mark}".rstrip())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -608,35 +642,32 @@ class Checkpoint:
 
     def __init__(self, path):
         self.path, self.loss, self.epoch = path, math.inf, None
-        self.state, self.saved, self.word = None, True, ""
+        self.state, self.fault = None, None  # why the last attempt to write the file failed
 
     def keep(self, model, epoch, loss):
         """Take the model's weights, those of `epoch`, as the best, and save them."""
         state = model.state_dict().items()
         self.state = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in state}
-        self.loss, self.epoch, self.saved = loss, epoch, False
+        self.loss, self.epoch = loss, epoch
         self.save()
 
     def save(self):
-        """Write what is not yet in the file; return whether it is there now."""
-        if self.saved:
-            return True
+        """Write the weights to the file; keep the fault, a text, if that fails."""
         buffer = io.BytesIO()
         torch.save(self.state, buffer)
         try:
             write_whole(self.path, buffer.getvalue())
-            self.saved, self.word = True, "saved"
+            self.fault = None
         except OSError as error:
-            self.word = f"NOT saved: {error.strerror}"
-        return self.saved
+            self.fault = error.strerror
 
     def model(self):
         """Return the best model, in eval mode: from the file, or from memory if it isn't there."""
-        if self.saved:
+        if not self.fault:
             return load_model(self.path)
-        model = CIFARNet().eval()
+        model = CIFARNet()
         model.load_state_dict(self.state)
-        return model
+        return model.eval()
 
 
 def load_model(path):
@@ -723,25 +754,22 @@ def plot_predictions(images, logits, labels, classes):
     """Return the figure of images, uint8 (N, 3, 32, 32), with predicted and actual classes."""
     rows = math.ceil(len(images) / 10)
     fig, axes = plt.subplots(
-        rows, 10, figsize=(14, 2.1 * rows + 0.5), layout="constrained", squeeze=False
+        rows, 10, figsize=(10.5, 1.75 * rows + 0.3), layout="constrained", squeeze=False
     )
     probabilities, predictions = logits.softmax(1).max(1)
-    for ax in axes.flat:
+    for ax in axes.flat[len(images) :]:
         ax.axis("off")
     for ax, image, probability, prediction, label in zip(
         axes.flat, images, probabilities, predictions, labels, strict=False
     ):
         wrong = bool(prediction != label)
-        ax.axis("on")
+        style = {"color": ORANGE, "weight": "bold"} if wrong else {}
         ax.set(xticks=[], yticks=[])
         ax.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-        ax.spines[:].set(color=ORANGE if wrong else "black", linewidth=5 if wrong else 0.5)
-        ax.set_title(
-            f"{'✗ ' if wrong else ''}{classes[prediction]}\n{probability:.0%}",
-            color=ORANGE if wrong else "black",
-            weight="bold" if wrong else "normal",
-        )
-        ax.set_xlabel(f"actual: {classes[label]}" if wrong else classes[label])
+        ax.spines[:].set(color=ORANGE if wrong else "black", linewidth=4 if wrong else 0.5)
+        mark = "✗ " if wrong else ""
+        ax.set_title(f"{mark}{classes[prediction]}\n{probability:.0%}", size="medium", **style)
+        ax.set_xlabel(classes[label], **style)
     fig.suptitle("Above: predicted class and its probability. Below: actual class. ✗: wrong.")
     return fig
 
@@ -825,64 +853,59 @@ def report(logits, labels, classes, batch_size):
         print(f"  {name:<10} {hits[labels == index].mean().item():6.1%}")
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled as Ctrl-C is."""
+def interrupt(number, _frame):
+    """Stop as Ctrl-C does, with the exit code by which shells know the signal."""
+    raise KeyboardInterrupt(128 + number)
 
 
-def on_sigterm(*_):
-    raise Terminated
-
-
-def exit_status(stop):
-    """Return the exit code by which shells know the signal that a KeyboardInterrupt stands for."""
-    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
-
-
-def run_training(args, dtype, train_set):
-    """Set up and train until the end, a signal or a fault; return (checkpoint, history, code).
-
-    The code is 0, or what the script must end with if the training was stopped.
-    """
+def set_up_training(train_set, args):
+    """Return what `train` needs: (model, batches, validation), all on the device."""
     training, validation = split_indices(len(train_set.data), args.seed)
     print(f"{len(training):,} images to train, {len(validation):,} to validate, seed {args.seed}")
     images, labels = as_tensors(train_set, args.device)
+    training, validation = training.to(args.device), validation.to(args.device)
     torch.manual_seed(args.seed)
     model = CIFARNet()
-    model.fit_input(images[training.to(args.device)])
+    model.fit_input(images[training])
     model.to(args.device, memory_format=memory_format(args.device))
-    training, validation = training.to(args.device), validation.to(args.device)
     batches = TrainingBatches(images[training], labels[training], args.batch_size, args.seed)
-    held_out = images[validation], labels[validation]
+    return model, batches, (images[validation], labels[validation])
 
-    checkpoint, history = Checkpoint(MODEL_PATH), History()
+
+def run_training(args, dtype, train_set):
+    """Train until the end, a signal or a fault, and save what came of it.
+
+    Returns:
+        (model, code): the best model, in eval mode, or None if no epoch was finished; and the exit
+        code: 0, 1 if something was lost, 130 or 143 if a signal stopped the training.
+    """
+    checkpoint, history, code = Checkpoint(MODEL_PATH), History(), 0
     run = {"epochs": args.epochs, "device": args.device, "dtype": dtype}
     try:
-        train(model, batches, held_out, checkpoint, history, **run)
+        train(*set_up_training(train_set, args), checkpoint, history, **run)
     except FloatingPointError as fault:
         print(f"stopped: {fault}")
-        return checkpoint, history, 1
+        code = 1
     except KeyboardInterrupt as stop:
         live_line("")
         print("stopped on request")
-        return checkpoint, history, exit_status(stop)
-    return checkpoint, history, 0
+        code = stop.args[0]
 
-
-def save_training(checkpoint, history):
-    """Save what a training left and say so; return whether all of it could be written."""
-    saved = [checkpoint.save()]
-    if checkpoint.epoch is None:
-        print(f"no epoch was finished: {MODEL_PATH} is as it was")
-    elif checkpoint.saved:
-        print(f"saved: the weights of epoch {checkpoint.epoch}, in {MODEL_PATH}")
-    else:
-        print(f"{MODEL_PATH} could not be written; {checkpoint.word}", file=sys.stderr)
-    if history.train_loss:
-        figure = plot_loss(history, checkpoint.epoch)
-        saved.append(save_figure(figure, FIGURES / "nnmodel_loss.png"))
+    saved = []
     if history.batches:
         saved.append(save_figure(plot_accuracy(history), FIGURES / "nnmodel_accuracy.png"))
-    return all(saved)
+    if checkpoint.epoch is None:
+        print(f"no epoch was finished: {MODEL_PATH} is as it was")
+        return None, code
+    saved.append(save_figure(plot_loss(history, checkpoint.epoch), FIGURES / "nnmodel_loss.png"))
+    if checkpoint.fault:
+        checkpoint.save()  # there may be room by now
+    if checkpoint.fault:
+        print(f"{MODEL_PATH} could not be written: {checkpoint.fault}", file=sys.stderr)
+    else:
+        print(f"saved: the weights of epoch {checkpoint.epoch}, in {MODEL_PATH}")
+    saved.append(not checkpoint.fault)
+    return checkpoint.model(), code or int(not all(saved))
 
 
 def save_predictions(model, images, labels, classes, image_count, image_seed):
@@ -898,7 +921,8 @@ def main(argv=None):
     """Do the whole job; return the exit code: 0, 1 if something was lost, 130 or 143 if stopped."""
     start = time.perf_counter()
     args = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, on_sigterm)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     sys.stdout.reconfigure(line_buffering=True)  # a log file grows line by line
     if not args.show:
         matplotlib.use("Agg")  # figures to files need no display
@@ -915,26 +939,26 @@ def main(argv=None):
     except RuntimeError as error:
         sys.exit(f"pytorchpractice: {error}")
 
-    stop_code, saved = 0, True
+    code = 0
     if not args.evaluate:
-        checkpoint, history, stop_code = run_training(args, dtype, train_set)
-        saved = save_training(checkpoint, history)
-        if checkpoint.epoch is None:
-            return stop_code
-        model = checkpoint.model()
+        model, code = run_training(args, dtype, train_set)
+    if model is None:
+        return code
 
     # From here on in float32, as anyone who loads the file computes; no TF32 on NVIDIA GPUs.
     torch.backends.cudnn.allow_tf32 = False
     model.to(args.device)
     images, labels = as_tensors(test_set, args.device)
-    saved &= save_predictions(model, images, labels, test_set.classes, args.images, args.image_seed)
-    if stop_code:
-        return stop_code
+    shown = args.images, args.image_seed
+    drawn = save_predictions(model, images, labels, test_set.classes, *shown)
+    code = code or int(not drawn)
+    if code > 1:  # stopped: whoever pressed Ctrl-C does not wait for the report
+        return code
     report(predict(model, images), labels, test_set.classes, args.batch_size)
     print(f"total time {time.perf_counter() - start:.0f} s; figures in {FIGURES}/")
     if args.show:
         plt.show()
-    return int(not saved)
+    return code
 
 
 if __name__ == "__main__":
@@ -942,7 +966,7 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt as stop:
         print("\nstopped", file=sys.stderr)
-        sys.exit(exit_status(stop))
+        sys.exit(stop.args[0])
     except BrokenPipeError:  # whoever read our output is gone: end quietly
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -107,15 +107,14 @@ def test_full_disk_keeps_the_old_file_and_the_best_weights(small_disk):
 
     checkpoint = script.Checkpoint(small_disk / MODEL)
     checkpoint.keep(new, epoch=2, loss=0.5)
-    assert not checkpoint.saved
-    assert "No space left" in checkpoint.word
+    assert "No space left" in checkpoint.fault
     assert (small_disk / MODEL).read_bytes() == before
     assert no_debris(small_disk)
 
     filler.unlink()  # 12 MB don't hold two checkpoints: make room as a user would
     (small_disk / MODEL).unlink()
     checkpoint.save()
-    assert checkpoint.saved
+    assert checkpoint.fault is None
     saved = torch.load(small_disk / MODEL, weights_only=True)
     assert torch.equal(saved["head.weight"], new.head.weight)
 
@@ -126,8 +125,7 @@ def test_folder_turned_read_only_keeps_the_old_file(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     checkpoint = script.Checkpoint(small_disk / MODEL)
     checkpoint.keep(random_model(1), epoch=2, loss=0.5)
-    assert not checkpoint.saved
-    assert "Read-only" in checkpoint.word
+    assert "Read-only" in checkpoint.fault
     assert (small_disk / MODEL).read_bytes() == before
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
 
