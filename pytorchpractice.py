@@ -750,7 +750,7 @@ def plot_predictions(images, logits, labels, classes):
     """Return the figure of images, uint8 (N, 3, 32, 32), with predicted and actual classes."""
     rows = math.ceil(len(images) / 10)
     fig, axes = plt.subplots(
-        rows, 10, figsize=(10.5, 1.75 * rows + 0.3), layout="constrained", squeeze=False
+        rows, 10, figsize=(10.5, 1.68 * rows + 0.3), layout="constrained", squeeze=False
     )
     probabilities, predictions = logits.softmax(1).max(1)
     for ax in axes.flat[len(images) :]:

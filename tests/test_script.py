@@ -235,6 +235,18 @@ def test_stopped_before_the_first_epoch_ends_an_earlier_file_is_untouched(tmp_pa
     assert (tmp_path / MODEL).read_bytes() == before
 
 
+def test_stopped_while_torch_is_imported_it_ends_quietly(tmp_path):
+    script_path = ROOT / "pytorchpractice.py"
+    process = subprocess.Popen(
+        [sys.executable, "-v", str(script_path)], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )  # -v: it says on stderr what it imports
+    for line in process.stderr:
+        assert not line.startswith("Traceback")
+        if line.startswith("import 'torch.version'"):
+            process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == -signal.SIGINT
+
+
 def test_full_disk_ends_with_1_and_the_old_file(small_disk):
     script.Checkpoint(small_disk / MODEL).keep(random_model(), epoch=1, loss=1.0)
     before = (small_disk / MODEL).read_bytes()
