@@ -57,7 +57,7 @@ def test_a_picture_of_ones_own_is_classified(shipped, mode, tmp_path, capsys, mo
 def test_readme_names_the_first_two_commands_and_the_settings():
     for line in ("    pip install -r requirements.txt\n", "    python pytorchpractice.py\n"):
         assert line in README
-    assert f"images of {script.LOW_RES_SIZE}×{script.LOW_RES_SIZE} pixels" in README
+    assert f"crops of {script.CROP_SIZE}×{script.CROP_SIZE} pixels" in README
     assert f"images in a batch ({script.BATCH_SIZE})" in README
     assert f"probability under {script.SURE}, it" in README
     assert f"smoothing](https://arxiv.org/abs/1512.00567) of {script.LABEL_SMOOTHING}" in README
