@@ -715,7 +715,7 @@ def plot_loss(history, saved_epoch):
     ax.plot(epochs, history.validation_loss, "s--", color=ORANGE, label="validation")
     ax.axvline(saved_epoch, color="black", linewidth=1, zorder=0)
     place = {"transform": ax.get_xaxis_transform(), "ha": "right", "va": "center"}
-    ax.text(saved_epoch, 0.6, f"saved: epoch {saved_epoch} ", rotation=90, **place)
+    ax.text(saved_epoch - 0.1, 0.6, f"saved: epoch {saved_epoch}", rotation=90, **place)
     ax.set(title="Training and validation loss", xlabel="epoch", ylabel="cross-entropy (nats)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)

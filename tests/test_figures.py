@@ -33,7 +33,7 @@ def test_loss_figure_shows_both_losses_and_marks_the_saved_epoch(history):
     assert list(training.get_ydata()) == history.train_loss
     assert list(validation.get_ydata()) == history.validation_loss
     assert set(mark.get_xdata()) == {2}
-    assert [text.get_text() for text in ax.texts] == ["saved: epoch 2 "]
+    assert [text.get_text() for text in ax.texts] == ["saved: epoch 2"]
     assert all(tick == int(tick) for tick in ax.get_xticks())
 
 
