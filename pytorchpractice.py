@@ -79,7 +79,7 @@ SURE = 0.7  # probability: below it, the trained net takes three more looks
 
 MUON_LR = 0.08  # 3x3 convolutions; every rate falls linearly to 0 over the run
 MUON_MOMENTUM = 0.6
-BIAS_LR = 0.053  # BatchNorm biases, for a loss summed over the batch
+BIAS_LR = 0.053  # BatchNorm's and the first layer's biases, for a loss summed over the batch
 HEAD_LR = 0.67  # the last linear layer, likewise
 SGD_MOMENTUM = 0.85
 WEIGHT_DECAY = 2e-6  # per image of the batch
@@ -413,7 +413,7 @@ class CIFARNet(nn.Module):
         unsure = logits.softmax(1).amax(1) < SURE
         doubtful = images[unsure]
         if len(doubtful):
-            # Right as often as with four looks at every image, for fewer looks than two at each.
+            # About as accurate as four looks at every image, for fewer looks than two at each.
             views = self.other_views(doubtful)
             logits[unsure] = (logits[unsure] + sum(map(self.classify, views))) / (1 + len(views))
         return logits
@@ -643,13 +643,13 @@ class Checkpoint:
 
     def __init__(self, path):
         self.path, self.loss, self.epoch = path, math.inf, None
-        self.state, self.fault = None, None  # why the last attempt to write the file failed
+        self.state, self.fault = None, None  # why what is kept is not in the file
 
     def keep(self, model, epoch, loss):
         """Take the model's weights, those of `epoch`, as the best, and save them."""
         state = model.state_dict().items()
-        self.state = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in state}
-        self.loss, self.epoch = loss, epoch
+        state = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in state}
+        self.state, self.loss, self.epoch, self.fault = state, loss, epoch, "interrupted"
         self.save()
 
     def save(self):

@@ -119,6 +119,26 @@ def test_full_disk_keeps_the_old_file_and_the_best_weights(small_disk):
     assert torch.equal(saved["head.weight"], new.head.weight)
 
 
+def test_interrupted_while_saving_it_knows_that_the_file_is_old(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    checkpoint = script.Checkpoint(tmp_path / MODEL)
+    checkpoint.keep(random_model(0), epoch=1, loss=1.0)
+    new = random_model(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.keep(new, epoch=2, loss=0.5)
+    assert checkpoint.fault
+    assert torch.equal(checkpoint.model().head.weight, new.head.weight)
+    checkpoint.save()
+    assert checkpoint.fault is None
+    saved = torch.load(tmp_path / MODEL, weights_only=True)
+    assert torch.equal(saved["head.weight"], new.head.weight)
+    assert no_debris(tmp_path)
+
+
 def test_folder_turned_read_only_keeps_the_old_file(small_disk):
     script.Checkpoint(small_disk / MODEL).keep(random_model(0), epoch=1, loss=1.0)
     before = (small_disk / MODEL).read_bytes()
