@@ -58,47 +58,34 @@ def normalise(images):
     return images.float() / 127.5 - 1
 
 
-def train_original(images, labels, validation, device, epochs):
-    """Train the original's recipe; return the seconds of each epoch, validation included."""
+def train_original(images, labels, validation, device):
+    """Train one epoch of the original's recipe; return its seconds, validation included."""
     model = original_net().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, weight_decay=1e-4)
-    seconds = []
-    for _ in range(epochs):
-        start = time.perf_counter()
-        model.train()
-        for batch in torch.randperm(len(labels)).to(device).split(ORIGINAL_BATCH):
-            optimizer.zero_grad()
-            F.cross_entropy(model(normalise(images[batch])), labels[batch]).backward()
-            optimizer.step()
-        model.eval()
-        with torch.no_grad():
-            logits = torch.cat([model(normalise(b)) for b in validation[0].split(ORIGINAL_BATCH)])
-        _, accuracy = script.score(logits, validation[1])
-        seconds.append(time.perf_counter() - start)
-        print(f"  original: {seconds[-1]:.1f} s, validation {accuracy:.1%}", file=sys.stderr)
+    start = time.perf_counter()
+    for batch in torch.randperm(len(labels)).to(device).split(ORIGINAL_BATCH):
+        optimizer.zero_grad()
+        F.cross_entropy(model(normalise(images[batch])), labels[batch]).backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        logits = torch.cat([model(normalise(b)) for b in validation[0].split(ORIGINAL_BATCH)])
+    _, accuracy = script.score(logits, validation[1])
+    seconds = time.perf_counter() - start
+    print(f"  original: {seconds:.1f} s, validation {accuracy:.1%}", file=sys.stderr)
     return seconds
 
 
-def train_script(images, labels, validation, device, dtype, size):
+def train_script(train_set, device, dtype, size):
     """Train one epoch of the script's recipe at an image size; return its seconds."""
-    model = script.CIFARNet()
-    model.fit_input(images)
-    model.to(device, memory_format=script.memory_format(device))
-    batches = script.TrainingBatches(images, labels, script.BATCH_SIZE, seed=0)
+    arguments = script.parse_arguments(["--device", device])
+    model, batches, validation = script.set_up_training(train_set, arguments)
+    script.image_sizes = lambda epochs: [size] * epochs
+    run = {"epochs": 1, "device": device, "dtype": dtype}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = script.Checkpoint(Path(folder, "model.pt"))
-        script.image_sizes = lambda epochs: [size] * epochs
         start = time.perf_counter()
-        script.train(
-            model,
-            batches,
-            validation,
-            checkpoint,
-            script.History(),
-            epochs=1,
-            device=device,
-            dtype=dtype,
-        )
+        script.train(model, batches, validation, checkpoint, script.History(), **run)
         return time.perf_counter() - start
 
 
@@ -136,14 +123,13 @@ def flops(epochs):
 def measure(what, device, dtype):
     """Measure one thing in this process, and print it as JSON on the last line."""
     train_set, _ = script.load_cifar10(ROOT / "data")
-    images, labels = script.as_tensors(train_set, device)
-    training, validation = (part.to(device) for part in script.split_indices(len(labels), 0))
-    held_out = images[validation], labels[validation]
-    images, labels = images[training], labels[training]
     if what == "original":
-        seconds = train_original(images, labels, held_out, device, epochs=1)[0]
+        images, labels = script.as_tensors(train_set, device)
+        parts = script.split_indices(len(labels), seed=0)
+        training, validation = ((images[part], labels[part]) for part in parts)
+        seconds = train_original(*training, validation, device)
     else:
-        seconds = train_script(images, labels, held_out, device, dtype, int(what))
+        seconds = train_script(train_set, device, dtype, int(what))
     result = {"seconds": seconds, "matmul": matmul_rate(device, dtype)}
     print(json.dumps({**result, "peak_gib": peak_memory()}))
 

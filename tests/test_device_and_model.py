@@ -81,9 +81,9 @@ def test_images_in_logits_out():
 
 def test_parameter_count():
     trained = [p for p in random_model().parameters() if p.requires_grad]
-    convolutions = 24 * 64 + 64 * 64 + 64 * 256 + 4 * 256 * 256
-    biases = 24 + 2 * 64 + 2 * 256 + 3 * 256
-    assert sum(p.numel() for p in trained) == 9 * convolutions + biases + 256 * 10
+    convolutions = 24 * 64 + 64 * 64 + 64 * 256 + 256 * 256 + 256 * 384 + 2 * 384 * 384
+    biases = 24 + 2 * 64 + 2 * 256 + 3 * 384
+    assert sum(p.numel() for p in trained) == 9 * convolutions + biases + 384 * 10
 
 
 def test_eval_looks_again_at_the_images_it_is_unsure_about(monkeypatch):
