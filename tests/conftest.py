@@ -52,10 +52,11 @@ def full_data():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mount a file system of 24 MB, room for one checkpoint and a half; return its folder."""
+    """Mount a file system with room for one checkpoint and a half; return its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    size = (ROOT / MODEL).stat().st_size * 3 // 2
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("this test needs the right to mount a small file system")
     yield folder
