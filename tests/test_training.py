@@ -137,6 +137,16 @@ def test_muon_steps_are_nearly_orthogonal():
         assert singular.median() > 0.6
 
 
+def test_orthogonalize_is_newton_schulz_on_the_matrix_itself():
+    torch.manual_seed(0)
+    matrix = torch.randn(20, 50, dtype=torch.float64)
+    expected = matrix / matrix.norm()
+    for _ in range(3):
+        gram = expected @ expected.T
+        expected = 3.4445 * expected + (-4.775 * gram + 2.0315 * gram @ gram) @ expected
+    torch.testing.assert_close(script.orthogonalize(matrix), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_muon_holds_the_weights_norm():
     weight = torch.nn.Parameter(torch.randn(16, 8, 3, 3))
     weight.grad = torch.randn_like(weight)
