@@ -329,9 +329,9 @@ class TrainingBatches:
 # --------------------------------------------------------------------------------------------------
 
 
-def convolution(channels_in, channels_out):
+def convolution(channels_in, channels_out, padding=1):
     """Return a 3x3 convolution that starts by passing its input on."""
-    conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+    conv = nn.Conv2d(channels_in, channels_out, 3, padding=padding, bias=False)
     nn.init.dirac_(conv.weight[:channels_in])
     return conv
 
@@ -348,7 +348,7 @@ class Block(nn.Module):
 
     def __init__(self, channels_in, channels_out, residual):
         super().__init__()
-        self.conv1 = convolution(channels_in, channels_out)
+        self.conv1 = convolution(channels_in, channels_out, padding=0)
         self.norm1 = normalisation(channels_out)
         self.conv2 = convolution(channels_out, channels_out)
         self.norm2 = normalisation(channels_out)
@@ -358,6 +358,9 @@ class Block(nn.Module):
             self.norm3 = normalisation(channels_out)
 
     def forward(self, x):
+        # Pooling drops the last row and column of an odd size. Not to compute them changes nothing
+        # but the time: a step takes 0.97 of it.
+        x = F.pad(x, (1, 1 - x.shape[3] % 2, 1, 1 - x.shape[2] % 2))
         x = F.max_pool2d(self.conv1(x), 2)
         x = F.gelu(self.norm1(x))
         y = F.gelu(self.norm2(self.conv2(x)))

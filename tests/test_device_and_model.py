@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.fx.experimental._config
+import torch.nn.functional as F
 from conftest import random_model
 
 import pytorchpractice as script
@@ -84,6 +85,18 @@ def test_parameter_count():
     convolutions = 24 * 64 + 64 * 64 + 64 * 256 + 256 * 256 + 256 * 384 + 2 * 384 * 384
     biases = 24 + 2 * 64 + 2 * 256 + 3 * 384
     assert sum(p.numel() for p in trained) == 9 * convolutions + biases + 384 * 10
+
+
+@pytest.mark.parametrize("size", [(15, 15), (8, 8), (7, 10)])
+def test_block_leaves_out_only_what_pooling_drops(size):
+    block = script.Block(4, 6, False).eval()
+    torch.nn.init.normal_(block.conv1.weight)
+    images = torch.randn(2, 4, *size)
+    seen = []
+    block.norm1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    block(images)
+    whole = F.conv2d(images, block.conv1.weight, padding=1)
+    torch.testing.assert_close(seen[0], F.max_pool2d(whole, 2))
 
 
 def test_eval_looks_again_at_the_images_it_is_unsure_about(monkeypatch):
