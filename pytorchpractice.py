@@ -519,10 +519,13 @@ def train_step(model, optimizers, images, labels):
 
 
 @torch.no_grad()
-def predict(model, images, batch_size=BATCH_SIZE):
-    """Return the logits (N, n_classes), float32, of uint8 images (N, 3, 32, 32), in eval mode."""
-    model.eval()
-    return torch.cat([model(to_unit_interval(b)).float() for b in images.split(batch_size)])
+def predict(classify, images, batch_size=BATCH_SIZE):
+    """Return the logits (N, n_classes), float32, of uint8 images (N, 3, 32, 32).
+
+    Args:
+        classify: a model in eval mode, or any function from images in [0, 1] to logits.
+    """
+    return torch.cat([classify(to_unit_interval(b)).float() for b in images.split(batch_size)])
 
 
 def score(logits, labels):
@@ -609,8 +612,9 @@ def train(model, batches, validation, checkpoint, history, *, epochs, device, dt
             live_line(f"{epoch:5}   batch {batch} of {len(batches)}")
         live_line("")
 
-        with mixed_precision(device, dtype):
-            validation_logits = predict(model, validation_images)
+        model.eval()
+        with mixed_precision(device, dtype):  # one look: while all is unsure, four cost 7 % more
+            validation_logits = predict(model.classify, validation_images)
         history.end_epoch(*score(validation_logits, validation_labels))
 
         mark = ""

@@ -101,7 +101,7 @@ def matmul_rate(device, dtype, size=2048):
 
 
 def flops(epochs):
-    """Return the FLOPs of a full run of the script, (training, one look at the validation images).
+    """Return the FLOPs of a full run of the script, (training, validation).
 
     Counted by torch on the meta device, which computes nothing.
     """
@@ -166,17 +166,15 @@ def compare_speed(arguments):
     for turn in range(arguments.turns):
         ours = sum(results[str(size)][turn]["seconds"] for size in sizes)
         ratios.append(ours / (len(sizes) * results["original"][turn]["seconds"]))
-    training, look = flops(script.EPOCHS)
+    training, validation = flops(script.EPOCHS)
     seconds = sum(
         statistics.median(result["seconds"] for result in results[str(size)]) for size in sizes
     )
     rate = statistics.median(r["matmul"] for kind in kinds[1:] for r in results[kind])
     print(f"\n{len(sizes)} epochs of the script: {seconds:.0f} s")
-    print(
-        f"{training / 1e15:.3f} PFLOP to train, and {look / 1e15:.3f} to {4 * look / 1e15:.3f} to "
-        f"validate with one to four looks at each image"
-    )
-    print(f"that is {(training + look) / seconds / 1e12:.2f} TFLOP/s, a matmul's {rate:.2f}")
+    work = training + validation
+    print(f"{training / 1e15:.3f} PFLOP to train and {validation / 1e15:.3f} to validate")
+    print(f"that is {work / seconds / 1e12:.2f} TFLOP/s, a matmul's {rate:.2f}")
     print(
         f"ratio to the original's {len(sizes)} epochs: median {statistics.median(ratios):.2f}, "
         f"from {min(ratios):.2f} to {max(ratios):.2f}"

@@ -64,13 +64,13 @@ def test_no_tensor_stays_behind_on_the_cpu(every_image_is_unsure):
         for scheduler in schedulers:
             scheduler.step()
         assert loss.device.type == accuracy.device.type == "meta"
-    assert script.predict(model, images).device.type == "meta"
+    assert script.predict(model.eval(), images).device.type == "meta"
 
 
 def test_a_model_left_on_the_cpu_is_noticed():
     images = torch.zeros(20, 3, 32, 32, dtype=torch.uint8, device="meta")
     with pytest.raises((RuntimeError, NotImplementedError)):
-        script.predict(random_model(), images)
+        script.predict(random_model().eval(), images)
 
 
 def test_images_in_logits_out():

@@ -62,13 +62,14 @@ def test_the_saved_epoch_is_the_one_with_the_lowest_validation_loss(sample, in_f
     """The weights of the third of four epochs are the best, since the fourth spoils them."""
     predict, calls, states = script.predict, [], []
 
-    def predict_and_spoil(model, images):
+    def predict_and_spoil(classify, images):
+        model = classify.__self__
         calls.append(1)
         if len(calls) == 4:
             with torch.no_grad():
                 model.head.weight.copy_(model.head.weight.flip(0))
         states.append({name: t.clone() for name, t in model.state_dict().items()})
-        return predict(model, images)
+        return predict(classify, images)
 
     monkeypatch.setattr(script, "predict", predict_and_spoil)
     model, checkpoint, history = train_on_sample(sample, in_folder / MODEL, epochs=4)
