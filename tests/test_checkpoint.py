@@ -111,7 +111,7 @@ def test_full_disk_keeps_the_old_file_and_the_best_weights(small_disk):
     assert (small_disk / MODEL).read_bytes() == before
     assert no_debris(small_disk)
 
-    filler.unlink()  # 12 MB don't hold two checkpoints: make room as a user would
+    filler.unlink()  # it has no room for two checkpoints: make some as a user would
     (small_disk / MODEL).unlink()
     checkpoint.save()
     assert checkpoint.fault is None

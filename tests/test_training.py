@@ -82,12 +82,16 @@ def test_the_saved_epoch_is_the_one_with_the_lowest_validation_loss(sample, in_f
 
 
 def test_history_has_every_epoch_and_every_batch(sample, in_folder):
-    _, checkpoint, history = train_on_sample(sample, in_folder / MODEL, epochs=2)
+    model, checkpoint, history = train_on_sample(sample, in_folder / MODEL, epochs=2)
     assert len(history.train_loss) == len(history.validation_loss) == 2
     accuracies = history.batch_accuracies()
     assert len(accuracies) == 2 * 18
     assert np.mean(accuracies[:18]) == pytest.approx(history.train_accuracy[0])
     assert history.validation_loss[checkpoint.epoch - 1] == checkpoint.loss
+    images, labels = script.as_tensors(sample[0], "cpu")
+    _, validation = script.split_indices(len(labels), seed=0)
+    one_look = script.predict(model.classify, images[validation])
+    assert history.validation_loss[-1] == script.score(one_look, labels[validation])[0]
 
 
 def test_loss_that_is_not_finite_stops_the_training(sample, in_folder, monkeypatch):
