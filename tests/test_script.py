@@ -50,9 +50,9 @@ def run_here(expect_sample, tmp_path, monkeypatch, capsys):
     """
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments, data=TESTS / "data"):
-        options = ["--data", data, "--batch-size", 50, *arguments]
-        code = script.main([str(option) for option in options])
+    def run(*arguments):
+        _python, _runner, *options = command(*arguments)
+        code = script.main(options)
         return code, "".join(capsys.readouterr())
 
     yield run
@@ -145,7 +145,7 @@ def test_ends_quietly_when_its_reader_is_gone(tmp_path):
 def test_takes_its_data_from_a_folder_that_is_read_only(small_disk, run_here):
     shutil.copytree(TESTS / "data", small_disk / "data")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    code, output = run_here("--epochs", 1, data=small_disk / "data")
+    code, output = run_here("--epochs", 1, "--data", small_disk / "data")
     assert code == 0, output
 
 
@@ -284,6 +284,7 @@ def test_one_figure_that_cannot_be_written_costs_only_itself(tmp_path, run_here)
     code, output = run_here("--epochs", 1)
     assert code == 1
     assert f"{FIGURES[0]} could not be written" in output
+    assert "Traceback" not in output
     for name in FIGURES[1:]:
         assert imread(tmp_path / "figures" / name).size
     assert_loads(tmp_path / MODEL)
