@@ -347,18 +347,16 @@ def normalisation(channels):
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, or three with a residual; (N, C, H, W) to (N, D, H // 2, W // 2)."""
+    """Three 3x3 convolutions, the last a residual: (N, C, H, W) to (N, D, H // 2, W // 2)."""
 
-    def __init__(self, channels_in, channels_out, residual):
+    def __init__(self, channels_in, channels_out):
         super().__init__()
         self.conv1 = convolution(channels_in, channels_out, padding=0)
         self.norm1 = normalisation(channels_out)
         self.conv2 = convolution(channels_out, channels_out)
         self.norm2 = normalisation(channels_out)
-        self.residual = residual
-        if residual:
-            self.conv3 = convolution(channels_out, channels_out)
-            self.norm3 = normalisation(channels_out)
+        self.conv3 = convolution(channels_out, channels_out)
+        self.norm3 = normalisation(channels_out)
 
     def forward(self, x):
         # Pooling drops the last row and column of an odd size. Not to compute them changes nothing
@@ -367,7 +365,7 @@ class Block(nn.Module):
         x = F.max_pool2d(self.conv1(x), 2)
         x = F.gelu(self.norm1(x))
         y = F.gelu(self.norm2(self.conv2(x)))
-        return F.gelu(x + self.norm3(self.conv3(y))) if self.residual else y
+        return F.gelu(x + self.norm3(self.conv3(y)))
 
 
 class CIFARNet(nn.Module):
@@ -385,7 +383,7 @@ class CIFARNet(nn.Module):
         self.whiten.weight.requires_grad_(False)
         nn.init.zeros_(self.whiten.bias)
         a, b, c = WIDTHS
-        self.blocks = nn.Sequential(Block(24, a, False), Block(a, b, False), Block(b, c, True))
+        self.blocks = nn.Sequential(Block(24, a), Block(a, b), Block(b, c))
         self.head = nn.Linear(c, n_classes, bias=False)
         nn.init.normal_(self.head.weight)
 

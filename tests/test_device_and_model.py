@@ -82,14 +82,15 @@ def test_images_in_logits_out():
 
 def test_parameter_count():
     trained = [p for p in random_model().parameters() if p.requires_grad]
-    convolutions = 24 * 64 + 64 * 64 + 64 * 256 + 256 * 256 + 256 * 384 + 2 * 384 * 384
-    biases = 24 + 2 * 64 + 2 * 256 + 3 * 384
+    into_blocks = 24 * 64 + 64 * 256 + 256 * 384
+    convolutions = into_blocks + 2 * (64 * 64 + 256 * 256 + 384 * 384)
+    biases = 24 + 3 * (64 + 256 + 384)
     assert sum(p.numel() for p in trained) == 9 * convolutions + biases + 384 * 10
 
 
 @pytest.mark.parametrize("size", [(15, 15), (8, 8), (7, 10)])
 def test_block_leaves_out_only_what_pooling_drops(size):
-    block = script.Block(4, 6, False).eval()
+    block = script.Block(4, 6).eval()
     torch.nn.init.normal_(block.conv1.weight)
     images = torch.randn(2, 4, *size)
     seen = []
