@@ -360,7 +360,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         # Pooling drops the last row and column of an odd size. Not to compute them changes nothing
-        # but the time: a step takes 0.97 of it.
+        # but the time: at 32 pixels, a step takes 0.98 of it.
         x = F.pad(x, (1, 1 - x.shape[3] % 2, 1, 1 - x.shape[2] % 2))
         x = F.max_pool2d(self.conv1(x), 2)
         x = F.gelu(self.norm1(x))
