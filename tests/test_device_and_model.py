@@ -82,10 +82,10 @@ def test_images_in_logits_out():
 
 def test_parameter_count():
     trained = [p for p in random_model().parameters() if p.requires_grad]
-    into_blocks = 24 * 64 + 64 * 256 + 256 * 384
-    convolutions = into_blocks + 2 * (64 * 64 + 256 * 256 + 384 * 384)
-    biases = 24 + 3 * (64 + 256 + 384)
-    assert sum(p.numel() for p in trained) == 9 * convolutions + biases + 384 * 10
+    into_blocks = 24 * 64 + 64 * 256 + 256 * 256
+    convolutions = into_blocks + 2 * (64 * 64 + 256 * 256 + 256 * 256)
+    biases = 24 + 3 * (64 + 256 + 256)
+    assert sum(p.numel() for p in trained) == 9 * convolutions + biases + 256 * 10
 
 
 @pytest.mark.parametrize("size", [(15, 15), (8, 8), (7, 10)])
