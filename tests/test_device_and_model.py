@@ -1,10 +1,14 @@
 """Device and model: what runs where, and what goes in and out of the net."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.fx.experimental._config
 import torch.nn.functional as F
-from conftest import random_model
+from conftest import ROOT, random_model
 
 import pytorchpractice as script
 
@@ -98,6 +102,70 @@ def test_block_leaves_out_only_what_pooling_drops(size):
     block(images)
     whole = F.conv2d(images, block.conv1.weight, padding=1)
     torch.testing.assert_close(seen[0], F.max_pool2d(whole, 2))
+
+
+def test_memory_is_kept_where_the_c_library_is_glibc(monkeypatch):
+    code = """
+import resource, torch, pytorchpractice as script
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(10_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+given_back = faults()
+script.keep_memory()
+faults()
+print(given_back, faults())
+"""
+    if platform.libc_ver()[0] == "glibc":
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        given_back, kept = map(int, done.stdout.split())
+        assert kept < given_back / 10
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(script, "ctypes", None)  # elsewhere it isn't touched
+    script.keep_memory()
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize(
+    "size", [(3, 4), (3, 3), (6, 6), (7, 7), (8, 8), (11, 9), (16, 16), (20, 33)]
+)
+def test_winograd_is_the_convolution(size, padding):
+    """Output and both gradients, for one tile and for several that fill the image or stand over."""
+    x = torch.randn(4, 3, *size, requires_grad=True)
+    weight = torch.randn(5, 3, 3, 3, requires_grad=True)
+    expected = F.conv2d(x.double(), weight.double(), padding=padding)
+    actual = script.winograd(x, weight, padding)
+    assert actual.shape == expected.shape and actual.dtype == torch.float32
+    above = torch.randn_like(actual)
+    pairs = zip(
+        (actual, *torch.autograd.grad(actual, (x, weight), above)),
+        (expected, *torch.autograd.grad(expected, (x, weight), above.double())),
+        strict=True,
+    )
+    for a, b in pairs:
+        assert (a - b).norm() < 3e-5 * b.norm()
+
+
+def test_many_images_in_float32_are_convolved_by_winograd(monkeypatch):
+    winograd, shapes = script.winograd, []
+    monkeypatch.setattr(
+        script, "winograd", lambda x, *rest: shapes.append(tuple(x.shape)) or winograd(x, *rest)
+    )
+    model = random_model().eval()
+    images = torch.rand(100, 3, 32, 32)
+    with torch.no_grad():
+        many = model.classify(images)
+        second = [(100, 64, 16, 16), *[(100, 256, 7, 7)] * 2]
+        third = [(100, 256, 8, 8), *[(100, 256, 3, 3)] * 2]
+        assert shapes == second + third
+        few = torch.cat([model.classify(part) for part in images.split(50)])
+        with torch.autocast("cpu", torch.bfloat16):
+            model.classify(images)
+        model.to("meta").classify(images.to("meta"))
+    assert len(shapes) == 6
+    torch.testing.assert_close(many, few, rtol=1e-3, atol=1e-4)
 
 
 def test_eval_looks_again_at_the_images_it_is_unsure_about(monkeypatch):
