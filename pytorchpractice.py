@@ -55,6 +55,7 @@ from matplotlib import pyplot as plt
 from matplotlib.image import imread
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10, VisionDataset
 from torchvision.datasets.utils import download_url
 
@@ -73,16 +74,19 @@ TRAINING_IMAGES = 45_000  # what that leaves
 WIDTHS = (64, 256, 256)  # channels of the three blocks
 CROP_SIZE = 24  # pixels: the first epochs see a part of each image, at half the work ...
 CROP_PORTION = 0.6  # ... and this is their part of all epochs
-MAX_SHIFT = 2  # pixels: random translation of a training image
+FIRST_LAYER_PORTION = 0.3  # the part of all epochs in which the first layer learns
+MAX_SHIFT = 4  # pixels: random translation of a training image
 LABEL_SMOOTHING = 0.2
+AVERAGED_EPOCHS = 0.5  # the weights kept are an average over about this many of the last epochs
 SURE = 0.7  # probability: below it, the trained net takes three more looks
 
-MUON_LR = 0.08  # 3x3 convolutions; every rate falls linearly to 0 over the run
+MUON_LR = 0.08  # 3x3 convolutions
 MUON_MOMENTUM = 0.6
 BIAS_LR = 0.053  # BatchNorm's and the first layer's biases, for a loss summed over the batch
 HEAD_LR = 0.67  # the last linear layer, likewise
 SGD_MOMENTUM = 0.85
 WEIGHT_DECAY = 2e-6  # per image of the batch
+FINAL_RATE = 0.08  # every rate falls linearly over the run, to this part of itself
 
 DOWNLOAD_SILENCE = 15  # seconds without a byte before the next source is tried
 
@@ -555,7 +559,8 @@ def make_optimizers(model, batch_size, steps):
         Muon(convolutions, MUON_LR, MUON_MOMENTUM),
         torch.optim.SGD(groups, momentum=SGD_MOMENTUM, nesterov=True),
     ]
-    return optimizers, [torch.optim.lr_scheduler.LinearLR(o, 1, 0, steps) for o in optimizers]
+    schedulers = [torch.optim.lr_scheduler.LinearLR(o, 1, FINAL_RATE, steps) for o in optimizers]
+    return optimizers, schedulers
 
 
 def mixed_precision(device, dtype):
@@ -643,14 +648,18 @@ class History:
         )
 
 
-def image_sizes(epochs):
-    """Return the side in pixels of the training images of each epoch."""
-    cropped = int(epochs * CROP_PORTION)  # a single epoch sees whole images
-    return [CROP_SIZE] * cropped + [32] * (epochs - cropped)
+def schedule(epochs):
+    """Return (side in pixels of the training images, whether the first layer learns) by epoch."""
+    return [
+        (CROP_SIZE if epoch <= CROP_PORTION * epochs else 32, epoch <= FIRST_LAYER_PORTION * epochs)
+        for epoch in range(1, epochs + 1)
+    ]
 
 
 def train(model, batches, validation, checkpoint, history, *, epochs, device, dtype):
     """Train for `epochs`, filling `history`, saving the best weights through `checkpoint`.
+
+    Validated and saved are the averaged weights (arXiv:1803.05407, with an exponential average).
 
     Args:
         batches: TrainingBatches; validation: (images, labels), uint8 and int64; all on `device`.
@@ -660,32 +669,37 @@ def train(model, batches, validation, checkpoint, history, *, epochs, device, dt
         FloatingPointError: the loss is no longer finite; names the epoch and the batch.
     """
     optimizers, schedulers = make_optimizers(model, batches.batch_size, epochs * len(batches))
-    sizes = image_sizes(epochs)
-    work = np.cumsum(np.square(sizes))  # of the epochs so far, in pixels
+    # The average, of steps that stay larger for it, has a validation loss lower by 0.005.
+    decay = 1 - 1 / (1 + AVERAGED_EPOCHS * len(batches))
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    work = np.cumsum([size**2 for size, _ in schedule(epochs)])  # so far, in pixels
     validation_images, validation_labels = validation
     history.batches_per_epoch = len(batches)
     start = time.perf_counter()
     print("\nepoch   training loss     acc   validation loss     acc   seconds   left")
 
-    for epoch, size in enumerate(sizes, 1):
+    for epoch, (size, first_layer_learns) in enumerate(schedule(epochs), 1):
         epoch_start = time.perf_counter()
+        # Its bias is soon learnt, and then it needs no backward pass: 0.95 of the time of a step.
+        model.whiten.bias.requires_grad_(first_layer_learns)
         model.train()
         for batch, (images, labels) in enumerate(batches.epoch(size), 1):
             with mixed_precision(device, dtype):
                 history.batches.append(train_step(model, optimizers, images, labels))
+            averaged.update_parameters(model)
             for scheduler in schedulers:
                 scheduler.step()
             live_line(f"{epoch:5}   batch {batch} of {len(batches)}")
         live_line("")
 
-        model.eval()
+        candidate = averaged.module.eval()
         with mixed_precision(device, dtype):  # one look: four cost up to 10 s more, at first
-            validation_logits = predict(model.classify, validation_images)
+            validation_logits = predict(candidate.classify, validation_images)
         history.end_epoch(*score(validation_logits, validation_labels))
 
         mark = ""
         if history.validation_loss[-1] < checkpoint.loss:
-            checkpoint.keep(model, epoch, history.validation_loss[-1])
+            checkpoint.keep(candidate, epoch, history.validation_loss[-1])
             mark = f"NOT saved: {checkpoint.fault}" if checkpoint.fault else "saved"
 
         now = time.perf_counter()

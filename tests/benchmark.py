@@ -76,17 +76,23 @@ def train_original(images, labels, validation, device):
     return seconds
 
 
-def train_script(train_set, device, dtype, size):
-    """Train one epoch of the script's recipe at an image size; return its seconds."""
+def train_script(train_set, device, dtype, kind):
+    """Train one epoch of the script's recipe, of this kind; return its seconds."""
     arguments = script.parse_arguments(["--device", device])
     model, batches, validation = script.set_up_training(train_set, arguments)
-    script.image_sizes = lambda epochs: [size] * epochs
+    epoch = next(epoch for epoch in script.schedule(script.EPOCHS) if name(*epoch) == kind)
+    script.schedule = lambda _: [epoch]
     run = {"epochs": 1, "device": device, "dtype": dtype}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = script.Checkpoint(Path(folder, "model.pt"))
         start = time.perf_counter()
         script.train(model, batches, validation, checkpoint, script.History(), **run)
         return time.perf_counter() - start
+
+
+def name(size, first_layer_learns):
+    """Return the name of a kind of epoch."""
+    return f"script at {size} pixels" + ", first layer learns" * first_layer_learns
 
 
 def matmul_rate(device, dtype, size=2048):
@@ -110,7 +116,8 @@ def flops(epochs):
     optimizers, _ = script.make_optimizers(model, n, 1)
     labels = torch.zeros(n, dtype=torch.int64, device="meta")
     training = 0
-    for size in script.image_sizes(epochs):
+    for size, first_layer_learns in script.schedule(epochs):
+        model.whiten.bias.requires_grad_(first_layer_learns)
         images = torch.zeros(n, 3, size, size, device="meta")
         with FlopCounterMode(display=False) as counter:
             script.train_step(model, optimizers, images, labels)
@@ -130,7 +137,7 @@ def measure(what, device, dtype):
         training, validation = ((images[part], labels[part]) for part in parts)
         seconds = train_original(*training, validation, device)
     else:
-        seconds = train_script(train_set, device, dtype, int(what))
+        seconds = train_script(train_set, device, dtype, what)
     result = {"seconds": seconds, "matmul": matmul_rate(device, dtype)}
     print(json.dumps({**result, "peak_gib": peak_memory()}))
 
@@ -150,34 +157,33 @@ def child(arguments, what):
 
 def compare_speed(arguments):
     """Print the seconds an epoch of both recipes, alternating, and their ratio over ten epochs."""
-    sizes = script.image_sizes(script.EPOCHS)
-    kinds = ["original", *map(str, sorted(set(sizes)))]
+    epochs = [name(*epoch) for epoch in script.schedule(script.EPOCHS)]
+    kinds = ["original", *dict.fromkeys(epochs)]
     results = {kind: [] for kind in kinds}
     for turn in range(arguments.turns):
         for kind in kinds:
             result = child(arguments, kind)
             results[kind].append(result)
-            name = kind if kind == "original" else f"script at {kind} pixels"
             print(
-                f"turn {turn + 1}: {name:20} {result['seconds']:6.1f} s an epoch, matmul "
+                f"turn {turn + 1}: {kind:38} {result['seconds']:6.1f} s an epoch, matmul "
                 f"{result['matmul']:.2f} TFLOP/s, peak {result['peak_gib']:.2f} GiB",
                 flush=True,
             )
     ratios = []
     for turn in range(arguments.turns):
-        ours = sum(results[str(size)][turn]["seconds"] for size in sizes)
-        ratios.append(ours / (len(sizes) * results["original"][turn]["seconds"]))
+        ours = sum(results[epoch][turn]["seconds"] for epoch in epochs)
+        ratios.append(ours / (len(epochs) * results["original"][turn]["seconds"]))
     training, validation = flops(script.EPOCHS)
     seconds = sum(
-        statistics.median(result["seconds"] for result in results[str(size)]) for size in sizes
+        statistics.median(result["seconds"] for result in results[epoch]) for epoch in epochs
     )
     rate = statistics.median(r["matmul"] for kind in kinds[1:] for r in results[kind])
-    print(f"\n{len(sizes)} epochs of the script: {seconds:.0f} s")
+    print(f"\n{len(epochs)} epochs of the script: {seconds:.0f} s")
     work = training + validation
     print(f"{training / 1e15:.3f} PFLOP to train and {validation / 1e15:.3f} to validate")
     print(f"that is {work / seconds / 1e12:.2f} TFLOP/s, a matmul's {rate:.2f}")
     print(
-        f"ratio to the original's {len(sizes)} epochs: median {statistics.median(ratios):.2f}, "
+        f"ratio to the original's {len(epochs)} epochs: median {statistics.median(ratios):.2f}, "
         f"from {min(ratios):.2f} to {max(ratios):.2f}"
     )
 

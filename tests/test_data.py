@@ -278,7 +278,7 @@ def test_each_image_is_mirrored_every_other_epoch(sample):
 def test_early_epochs_see_smaller_images(sample):
     images, labels = script.as_tensors(sample[0], "cpu")
     batches = script.TrainingBatches(images, labels, batch_size=50, seed=0)
-    sizes = script.image_sizes(10)
+    sizes = [size for size, _ in script.schedule(10)]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1] == 32
     batch, _ = next(batches.epoch(sizes[0]))

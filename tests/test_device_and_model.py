@@ -62,7 +62,7 @@ def test_no_tensor_stays_behind_on_the_cpu(every_image_is_unsure):
     model = random_model().to("meta")
     batches = script.TrainingBatches(images, labels, batch_size=10, seed=0)
     optimizers, schedulers = script.make_optimizers(model, 10, steps=2)
-    for batch_images, batch_labels in batches.epoch(script.image_sizes(10)[0]):
+    for batch_images, batch_labels in batches.epoch(script.schedule(10)[0][0]):
         model.train()
         loss, accuracy = script.train_step(model, optimizers, batch_images, batch_labels)
         for scheduler in schedulers:

@@ -72,17 +72,51 @@ def test_the_saved_epoch_is_the_one_with_the_lowest_validation_loss(sample, in_f
         return predict(classify, images)
 
     monkeypatch.setattr(script, "predict", predict_and_spoil)
-    model, checkpoint, history = train_on_sample(sample, in_folder / MODEL, epochs=4)
+    _, checkpoint, history = train_on_sample(sample, in_folder / MODEL, epochs=4)
     best = int(np.argmin(history.validation_loss))
     assert best < 3
     assert checkpoint.epoch == best + 1
     saved = torch.load(in_folder / MODEL, weights_only=True)
     assert all(torch.equal(saved[name], states[best][name]) for name in saved)
-    assert not torch.equal(saved["head.weight"], model.state_dict()["head.weight"])
+    assert not torch.equal(saved["head.weight"], states[-1]["head.weight"])
+
+
+@pytest.fixture
+def states(monkeypatch):
+    """Return a list to which every training step adds the state_dict that it leaves."""
+    step, states = script.train_step, []
+
+    def recorded_step(model, *rest):
+        result = step(model, *rest)
+        states.append({name: t.clone() for name, t in model.state_dict().items()})
+        return result
+
+    monkeypatch.setattr(script, "train_step", recorded_step)
+    return states
+
+
+def test_the_saved_weights_are_an_average_over_the_last_steps(sample, in_folder, states):
+    _, checkpoint, _ = train_on_sample(sample, in_folder / MODEL, epochs=2)
+    window = 1 + script.AVERAGED_EPOCHS * 18  # steps
+    for name in ("blocks.1.conv2.weight", "blocks.0.norm1.running_var", "head.weight"):
+        expected = states[0][name]
+        for state in states[1 : 18 * checkpoint.epoch]:
+            expected = expected + (state[name] - expected) / window
+        torch.testing.assert_close(checkpoint.state[name], expected)
+        assert not torch.allclose(states[-1][name], expected)
+
+
+def test_the_first_layer_learns_in_the_first_epochs_only(sample, in_folder, states):
+    train_on_sample(sample, in_folder / MODEL, epochs=4)
+    start, first, *others = [torch.zeros(24), *(s["whiten.bias"] for s in states[17::18])]
+    assert [learns for _, learns in script.schedule(4)] == [True, False, False, False]
+    assert not torch.equal(first, start)
+    assert len(others) == 3
+    assert all(torch.equal(bias, first) for bias in others)
 
 
 def test_history_has_every_epoch_and_every_batch(sample, in_folder):
-    model, checkpoint, history = train_on_sample(sample, in_folder / MODEL, epochs=2)
+    _, checkpoint, history = train_on_sample(sample, in_folder / MODEL, epochs=2)
     assert len(history.train_loss) == len(history.validation_loss) == 2
     accuracies = history.batch_accuracies()
     assert len(accuracies) == 2 * 18
@@ -90,8 +124,8 @@ def test_history_has_every_epoch_and_every_batch(sample, in_folder):
     assert history.validation_loss[checkpoint.epoch - 1] == checkpoint.loss
     images, labels = script.as_tensors(sample[0], "cpu")
     _, validation = script.split_indices(len(labels), seed=0)
-    one_look = script.predict(model.classify, images[validation])
-    assert history.validation_loss[-1] == script.score(one_look, labels[validation])[0]
+    one_look = script.predict(checkpoint.model().classify, images[validation])
+    assert checkpoint.loss == pytest.approx(script.score(one_look, labels[validation])[0])
 
 
 def test_loss_that_is_not_finite_stops_the_training(sample, in_folder, monkeypatch):
@@ -159,7 +193,7 @@ def test_muon_holds_the_weights_norm():
     assert weight.norm().item() == pytest.approx(16**0.5, rel=1e-4)
 
 
-def test_learning_rates_fall_to_zero():
+def test_learning_rates_fall_linearly():
     optimizers, schedulers = script.make_optimizers(random_model(), 50, steps=4)
     rates = []
     for _ in range(4):
@@ -171,8 +205,9 @@ def test_learning_rates_fall_to_zero():
             optimizer.step()
             scheduler.step()
     assert rates[0] == [script.MUON_LR, script.BIAS_LR, script.HEAD_LR]
-    assert rates[3] == pytest.approx([rate / 4 for rate in rates[0]])
-    assert [g["lr"] for o in optimizers for g in o.param_groups] == pytest.approx([0, 0, 0])
+    last = [group["lr"] for o in optimizers for group in o.param_groups]
+    assert last == pytest.approx([rate * script.FINAL_RATE for rate in rates[0]])
+    assert rates[2] == pytest.approx([(a + b) / 2 for a, b in zip(rates[0], last, strict=True)])
 
 
 def test_training_in_bfloat16_agrees_with_float32(sample, in_folder):
