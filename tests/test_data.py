@@ -247,17 +247,18 @@ def test_split_is_disjoint_whole_and_of_the_seed():
 def test_an_epoch_serves_every_image_once_with_its_label(sample):
     images, labels = script.as_tensors(sample[0], "cpu")
     unique = torch.arange(len(labels))  # labels that name the image
+    reach = script.MAX_SHIFT
     batches = script.TrainingBatches(images, unique, batch_size=50, seed=0)
     served = list(batches.epoch(32))
     assert len(served) == len(batches) == 12
     assert sorted(torch.cat([label for _, label in served]).tolist()) == list(range(600))
     for batch, indices in served[:2]:
         assert batch.shape == (50, 3, 32, 32)
-        padded = torch.nn.functional.pad(images[indices] / 255, (2,) * 4, mode="reflect")
+        padded = torch.nn.functional.pad(images[indices] / 255, (reach,) * 4, mode="reflect")
         views = [
             view
-            for dy in range(5)
-            for dx in range(5)
+            for dy in range(2 * reach + 1)
+            for dx in range(2 * reach + 1)
             for shifted in [padded[:, :, dy : dy + 32, dx : dx + 32]]
             for view in (shifted, shifted.flip(3))
         ]

@@ -17,13 +17,11 @@ def close_figures():
 @pytest.fixture
 def history():
     """Return the history of three epochs of two batches."""
-    accuracies = [0.1, 0.2, 0.3, 0.5, 0.6, 0.8]
-    return script.History(
-        train_loss=[2.0, 1.5, 1.0],
-        validation_loss=[1.9, 1.2, 1.4],
-        batches=[torch.tensor([1.0, accuracy]) for accuracy in accuracies],
-        batches_per_epoch=2,
-    )
+    history = script.History(train_loss=[2.0, 1.5, 1.0], validation_loss=[1.9, 1.2, 1.4])
+    history.start(epochs=3, batches_per_epoch=2, device="cpu")
+    for accuracy in (0.1, 0.2, 0.3, 0.5, 0.6, 0.8):
+        history.add_batch(torch.tensor([1.0, accuracy]))
+    return history
 
 
 def test_loss_figure_shows_both_losses_and_marks_the_saved_epoch(history):
