@@ -62,13 +62,20 @@ def test_no_tensor_stays_behind_on_the_cpu(every_image_is_unsure):
     model = random_model().to("meta")
     batches = script.TrainingBatches(images, labels, batch_size=10, seed=0)
     optimizers, schedulers = script.make_optimizers(model, 10, steps=2)
+    average = script.get_ema_multi_avg_fn(0.9)
+    averaged = script.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    history = script.History()
+    history.start(epochs=1, batches_per_epoch=2, device="meta")
+    assert history.batches.device.type == "meta"
     for batch_images, batch_labels in batches.epoch(script.schedule(10)[0][0]):
         model.train()
-        loss, accuracy = script.train_step(model, optimizers, batch_images, batch_labels)
+        loss_and_accuracy = script.train_step(model, optimizers, batch_images, batch_labels)
+        assert loss_and_accuracy.device.type == "meta"
+        history.add_batch(loss_and_accuracy)
+        averaged.update_parameters(model)
         for scheduler in schedulers:
             scheduler.step()
-        assert loss.device.type == accuracy.device.type == "meta"
-    assert script.predict(model.eval(), images).device.type == "meta"
+    assert script.predict(averaged.module.eval(), images).device.type == "meta"
 
 
 def test_a_model_left_on_the_cpu_is_noticed():
