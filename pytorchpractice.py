@@ -621,7 +621,7 @@ class History:
         """Make room for all batches at once.
 
         A small tensor kept at each step would lie between the large ones, and the memory that they
-        leave could not be joined: a run would take 0.8 GiB more.
+        leave could not be joined: runs took 0.4 to 1.8 GiB more.
         """
         self.batches = torch.zeros(epochs * batches_per_epoch, 2, device=device)
         self.batches_per_epoch = batches_per_epoch
