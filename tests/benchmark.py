@@ -1,11 +1,13 @@
 """Compare the script with the original's recipe, on this machine; run by hand, not by pytest.
 
-    python tests/benchmark.py               one epoch of each, in turn, three times: speed
+    python tests/benchmark.py --work        what both compute, in FLOPs; a few seconds
+    python tests/benchmark.py               an epoch of each kind, in turn, three times: speed
     python tests/benchmark.py --seeds 5     full runs of the script, one a seed: accuracy
-    --fp32                                  force float32, for either
+    --fp32                                  force float32, for the last two
+    --part 0.2                              compare the speed on a part of the images: sooner
 
-Both train on the same 45,000 images, each run in a process of its own. The original's data loader
-(images decoded and normalised one by one) is left out, which favours the original.
+Both train on the same 45,000 images, each measured in a process of its own. The original's data
+loader (images decoded and normalised one by one) is left out, which favours the original.
 """
 
 import argparse
@@ -31,7 +33,9 @@ sys.path.insert(0, str(ROOT))
 import pytorchpractice as script
 
 ORIGINAL_BATCH = 128
+TRAINING_IMAGES, VALIDATION_IMAGES = 45_000, 5_000
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of what the system reports
+EPOCH = re.compile(r" +\d+ +[\d.]+ +[\d.]+% +([\d.]+) +[\d.]+% +([\d.]+)")  # a row of its table
 
 
 def original_net():
@@ -59,40 +63,46 @@ def normalise(images):
 
 
 def train_original(images, labels, validation, device):
-    """Train one epoch of the original's recipe; return its seconds, validation included."""
+    """Train one epoch of the original's recipe, and validate."""
     model = original_net().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, weight_decay=1e-4)
-    start = time.perf_counter()
-    for batch in torch.randperm(len(labels)).to(device).split(ORIGINAL_BATCH):
+    for batch in torch.randperm(len(labels)).split(ORIGINAL_BATCH):
         optimizer.zero_grad()
-        F.cross_entropy(model(normalise(images[batch])), labels[batch]).backward()
+        logits = model(normalise(images[batch].to(device)))
+        F.cross_entropy(logits, labels[batch].to(device)).backward()
         optimizer.step()
-    model.eval()
     with torch.no_grad():
-        logits = torch.cat([model(normalise(b)) for b in validation[0].split(ORIGINAL_BATCH)])
-    _, accuracy = script.score(logits, validation[1])
-    seconds = time.perf_counter() - start
-    print(f"  original: {seconds:.1f} s, validation {accuracy:.1%}", file=sys.stderr)
-    return seconds
+        model.eval()
+        _, _, accuracy = script.evaluate(lambda x: model(x * 2 - 1), *validation, device)
+    print(f"  original: validation {accuracy:.1%}", file=sys.stderr)
 
 
-def train_script(train_set, device, dtype, kind):
-    """Train one epoch of the script's recipe, of this kind; return its seconds."""
-    arguments = script.parse_arguments(["--device", device])
-    model, batches, validation = script.set_up_training(train_set, arguments)
-    epoch = next(epoch for epoch in script.schedule(script.EPOCHS) if name(*epoch) == kind)
-    script.schedule = lambda _: [epoch]
-    run = {"epochs": 1, "device": device, "dtype": dtype}
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = script.Checkpoint(Path(folder, "model.pt"))
-        start = time.perf_counter()
-        script.train(model, batches, validation, checkpoint, script.History(), **run)
-        return time.perf_counter() - start
+def kinds():
+    """Return (side of the images, whether the first layer learns) of the script's ten epochs."""
+    progress = [epoch / script.EPOCHS for epoch in range(script.EPOCHS)]
+    return [
+        (next(size for end, size in script.SIZES if part < end), part < script.FIRST_LAYER_PORTION)
+        for part in progress
+    ]
 
 
 def name(size, first_layer_learns):
     """Return the name of a kind of epoch."""
     return f"script at {size} pixels" + ", first layer learns" * first_layer_learns
+
+
+def train_script(train_set, device, dtype, kind):
+    """Train one epoch of the script's recipe, of this kind."""
+    size, first_layer_learns = next(epoch for epoch in kinds() if name(*epoch) == kind)
+    script.SIZES = ((1.0, size),)
+    script.FIRST_LAYER_PORTION = float(first_layer_learns)
+    setup = script.set_up_training(train_set, 0, script.BATCH_SIZE, device)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        start = time.perf_counter()
+        script.train(*setup, script.History(), epochs=1, device=device, dtype=dtype)
+        os.chdir(ROOT)
+    return time.perf_counter() - start
 
 
 def matmul_rate(device, dtype, size=2048):
@@ -106,91 +116,102 @@ def matmul_rate(device, dtype, size=2048):
     return 2 * size**3 / statistics.median(seconds) / 1e12
 
 
-def flops(epochs):
-    """Return the FLOPs of a full run of the script, (training, validation).
+def count(model, shape, optimizers=()):
+    """Return the FLOPs for one image: forward, and with optimizers a whole training step.
 
     Counted by torch on the meta device, which computes nothing.
     """
-    n = script.BATCH_SIZE
-    model = script.CIFARNet().to("meta")
-    optimizers, _ = script.make_optimizers(model, n, 1)
-    labels = torch.zeros(n, dtype=torch.int64, device="meta")
+    model, images = model.to("meta"), torch.zeros(shape, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(bool(optimizers)):
+        logits = model(images)
+        if optimizers:
+            F.cross_entropy(logits, torch.zeros(len(images), dtype=int, device="meta")).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return counter.get_total_flops() / len(images)
+
+
+def work():
+    """Return the FLOPs of ten epochs, {recipe: (training, validation)}."""
+    n, net, model = script.BATCH_SIZE, original_net().to("meta"), script.CIFARNet().to("meta")
+    shape, adam = (ORIGINAL_BATCH, 3, 32, 32), [torch.optim.Adam(net.parameters())]
+    original = count(net.train(), shape, adam), count(net.eval(), shape)
+    optimizers, _ = script.make_optimizers(model, n, 1, torch.float32)
     training = 0
-    for size, first_layer_learns in script.schedule(epochs):
+    for size, first_layer_learns in kinds():
         model.whiten.bias.requires_grad_(first_layer_learns)
-        images = torch.zeros(n, 3, size, size, device="meta")
-        with FlopCounterMode(display=False) as counter:
-            script.train_step(model, optimizers, images, labels)
-        training += counter.get_total_flops() * (script.TRAINING_IMAGES // n)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.classify(torch.zeros(n, 3, 32, 32, device="meta"))
-    return training, epochs * counter.get_total_flops() * (5_000 // n)
+        training += count(model.train(), (n, 3, size, size), optimizers) / script.EPOCHS
+    model.forward = model.look  # validation takes one look at each image
+    ours = training, count(model.eval(), (n, 3, 32, 32))
+    images = script.EPOCHS * TRAINING_IMAGES, script.EPOCHS * VALIDATION_IMAGES
+    recipes = {"the original": original, "the script": ours}
+    return {key: (a * images[0], b * images[1]) for key, (a, b) in recipes.items()}
 
 
-def measure(what, device, dtype):
+def print_work():
+    """Print the FLOPs of both recipes."""
+    for recipe, (training, validation) in work().items():
+        flops = f"{training / 1e15:.3f} PFLOP to train, {validation / 1e15:.3f} to validate"
+        print(f"{recipe}: {flops}, in ten epochs")
+
+
+def measure(what, device, dtype, part):
     """Measure one thing in this process, and print it as JSON on the last line."""
-    script.keep_memory()  # for the original, too, which favours it
     train_set, _ = script.load_cifar10(ROOT / "data")
+    count = round(part * len(train_set.data))
+    train_set.data, train_set.targets = train_set.data[:count], train_set.targets[:count]
     if what == "original":
-        images, labels = script.as_tensors(train_set, device)
-        parts = script.split_indices(len(labels), seed=0)
-        training, validation = ((images[part], labels[part]) for part in parts)
-        seconds = train_original(*training, validation, device)
+        images, labels = script.as_tensors(train_set)
+        order = torch.randperm(len(labels))
+        training, validation = order[count // 10 :], order[: count // 10]
+        held_out = images[validation], labels[validation]
+        start = time.perf_counter()
+        train_original(images[training], labels[training], held_out, device)
+        seconds = time.perf_counter() - start
     else:
         seconds = train_script(train_set, device, dtype, what)
-    result = {"seconds": seconds, "matmul": matmul_rate(device, dtype)}
-    print(json.dumps({**result, "peak_gib": peak_memory()}))
-
-
-def peak_memory():
-    """Return this process's peak resident memory in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 2**30
+    rate = matmul_rate(device, dtype)
+    print(json.dumps({"seconds": seconds / part, "matmul": rate, "peak": peak}))
 
 
 def child(arguments, what):
     """Measure in a process of its own; return what it printed."""
     command = [sys.executable, __file__, "--measure", what, "--device", arguments.device]
-    command += ["--fp32"] * arguments.fp32
+    command += ["--part", str(arguments.part), *["--fp32"] * arguments.fp32]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def compare_speed(arguments):
     """Print the seconds an epoch of both recipes, alternating, and their ratio over ten epochs."""
-    epochs = [name(*epoch) for epoch in script.schedule(script.EPOCHS)]
-    kinds = ["original", *dict.fromkeys(epochs)]
-    results = {kind: [] for kind in kinds}
+    epochs = [name(*epoch) for epoch in kinds()]
+    results = {kind: [] for kind in ["original", *epochs]}
     for turn in range(arguments.turns):
-        for kind in kinds:
-            result = child(arguments, kind)
-            results[kind].append(result)
+        for kind, measured in results.items():
+            measured.append(child(arguments, kind))
             print(
-                f"turn {turn + 1}: {kind:38} {result['seconds']:6.1f} s an epoch, matmul "
-                f"{result['matmul']:.2f} TFLOP/s, peak {result['peak_gib']:.2f} GiB",
+                f"turn {turn + 1}: {kind:38} {measured[-1]['seconds']:6.1f} s an epoch, matmul "
+                f"{measured[-1]['matmul']:.2f} TFLOP/s, peak {measured[-1]['peak']:.2f} GiB",
                 flush=True,
             )
-    ratios = []
-    for turn in range(arguments.turns):
-        ours = sum(results[epoch][turn]["seconds"] for epoch in epochs)
-        ratios.append(ours / (len(epochs) * results["original"][turn]["seconds"]))
-    training, validation = flops(script.EPOCHS)
-    seconds = sum(
-        statistics.median(result["seconds"] for result in results[epoch]) for epoch in epochs
-    )
-    rate = statistics.median(r["matmul"] for kind in kinds[1:] for r in results[kind])
-    print(f"\n{len(epochs)} epochs of the script: {seconds:.0f} s")
-    work = training + validation
-    print(f"{training / 1e15:.3f} PFLOP to train and {validation / 1e15:.3f} to validate")
-    print(f"that is {work / seconds / 1e12:.2f} TFLOP/s, a matmul's {rate:.2f}")
-    print(
-        f"ratio to the original's {len(epochs)} epochs: median {statistics.median(ratios):.2f}, "
-        f"from {min(ratios):.2f} to {max(ratios):.2f}"
-    )
+    ours = [
+        sum(results[epoch][turn]["seconds"] for epoch in epochs) for turn in range(arguments.turns)
+    ]
+    theirs = [script.EPOCHS * result["seconds"] for result in results["original"]]
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    print(f"\nten epochs: the original {statistics.median(theirs):.0f} s, ", end="")
+    print(f"the script {statistics.median(ours):.0f} s")
+    print(f"ratio: median {statistics.median(ratios):.2f}, ", end="")
+    print(f"from {min(ratios):.2f} to {max(ratios):.2f}")
+    print_work()
 
 
 def full_run(arguments, seed):
     """Run the script as a user does, in an empty folder; return what it printed and took."""
-    command = [sys.executable, "-c", FORCED] if arguments.fp32 else [sys.executable]
+    forced = f"import torch; torch.cpu.get_capabilities = dict; {RUN_AS_PROGRAM}"
+    command = [sys.executable, "-c", forced] if arguments.fp32 else [sys.executable]
     command += [str(ROOT / "pytorchpractice.py"), "--device", arguments.device]
     command += ["--seed", str(seed), "--data", str(ROOT / "data")]
     start = last_epoch = time.perf_counter()
@@ -205,8 +226,8 @@ def full_run(arguments, seed):
                 losses.append(float(row[1]))
                 seconds.append(float(row[2]))
                 last_epoch = time.perf_counter()
-            elif line.startswith("test set"):
-                accuracy = float(line.split("accuracy")[1].strip(" %\n"))
+            elif found := re.search(r"test set.* accuracy ([\d.]+)%", line):
+                accuracy = float(found[1])
         _, _, usage = os.wait4(run.pid, 0)
     if accuracy is None:
         sys.exit(f"seed {seed} failed")
@@ -218,6 +239,11 @@ def full_run(arguments, seed):
         "end": time.perf_counter() - last_epoch,
         "peak": usage.ru_maxrss * RSS_UNIT / 2**30,
     }
+
+
+RUN_AS_PROGRAM = (
+    "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 
 
 def compare_seeds(arguments):
@@ -236,33 +262,23 @@ def compare_seeds(arguments):
     print(f"\n{len(accuracies)} seeds: {statistics.mean(accuracies):.2f} % ± {spread:.2f}")
 
 
-EPOCH = re.compile(r" +\d+ +[\d.]+ +[\d.]+% +([\d.]+) +[\d.]+% +([\d.]+) ")  # a row of its table
-
-# Runs the script as a program with bfloat16 switched off.
-FORCED = """
-import runpy, sys, torch
-torch.cpu.get_capabilities = dict
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def main():
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", action="store_true", help="count FLOPs, run nothing")
     parser.add_argument("--seeds", type=int, help="make full runs with this many seeds")
     parser.add_argument("--turns", type=int, default=3, help="epochs of each kind, alternating")
+    parser.add_argument("--part", type=float, default=1.0, help="of the images, for the speed")
     parser.add_argument("--fp32", action="store_true", help="force float32")
-    parser.add_argument("--device", default=script.available_devices()[0])
+    parser.add_argument("--device", default=script.find_devices()[0][0])
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    precision = script.choose_precision(arguments.device)
-    dtype, reason = (torch.float32, "forced") if arguments.fp32 else precision
+    dtype = torch.float32 if arguments.fp32 else script.choose_precision(arguments.device)[0]
     if arguments.measure:
-        measure(arguments.measure, arguments.device, dtype)
-        return
-    script.describe(arguments.device, dtype, reason)
-    if arguments.seeds:
+        measure(arguments.measure, arguments.device, dtype, arguments.part)
+    elif arguments.work:
+        print_work()
+    elif arguments.seeds:
         compare_seeds(arguments)
     else:
         compare_speed(arguments)

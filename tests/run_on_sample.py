@@ -11,6 +11,7 @@ from pathlib import Path
 from torchvision.datasets import CIFAR10
 
 HERE = Path(__file__).parent
+SCRIPT = HERE.parent / "pytorchpractice.py"
 SAMPLE = HERE / "data" / CIFAR10.base_folder
 
 
@@ -27,6 +28,5 @@ def expect_sample():
 
 if __name__ == "__main__":
     expect_sample()
-    script = str(HERE.parent / "pytorchpractice.py")
-    sys.argv[0] = script
-    runpy.run_path(script, run_name="__main__")
+    sys.argv[0] = str(SCRIPT)
+    runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -1,49 +1,61 @@
 """Figures: what is drawn is what was recorded."""
 
+import numpy as np
 import pytest
 import torch
-from matplotlib import colors
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 import pytorchpractice as script
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
+def draw(plot, *data):
+    """Draw in a figure; return its axes."""
+    fig = Figure()
+    plot(fig, *data)
+    fig.canvas.draw()
+    return fig.axes
 
 
-@pytest.fixture
-def history():
-    """Return the history of three epochs of two batches."""
-    history = script.History(train_loss=[2.0, 1.5, 1.0], validation_loss=[1.9, 1.2, 1.4])
-    history.start(epochs=3, batches_per_epoch=2, device="cpu")
-    for accuracy in (0.1, 0.2, 0.3, 0.5, 0.6, 0.8):
-        history.add_batch(torch.tensor([1.0, accuracy]))
-    return history
+def draw_loss(train_loss, validation_loss):
+    state = {"best": "state"}
+    history = script.History(train_loss, validation_loss, best_state=state)
+    return draw(script.plot_loss, history)[0]
 
 
-def test_loss_figure_shows_both_losses_and_marks_the_saved_epoch(history):
-    ax = script.plot_loss(history, saved_epoch=2).axes[0]
+def test_loss_figure_shows_both_losses_and_marks_the_kept_epoch():
+    ax = draw_loss([2.0, 1.5, 1.0], [1.9, 1.2, 1.4])
     training, validation, mark = ax.lines
     assert list(training.get_xdata()) == list(validation.get_xdata()) == [1, 2, 3]
-    assert list(training.get_ydata()) == history.train_loss
-    assert list(validation.get_ydata()) == history.validation_loss
+    assert list(training.get_ydata()) == [2.0, 1.5, 1.0]
+    assert list(validation.get_ydata()) == [1.9, 1.2, 1.4]
     assert set(mark.get_xdata()) == {2}
-    assert [text.get_text() for text in ax.texts] == ["saved: epoch 2"]
     assert all(tick == int(tick) for tick in ax.get_xticks())
 
 
-def test_accuracy_figure_shows_every_batch_and_a_black_line_an_epoch(history):
-    ax = script.plot_accuracy(history).axes[0]
-    batches, *epochs = ax.lines
-    assert list(batches.get_ydata()) == pytest.approx([0.1, 0.2, 0.3, 0.5, 0.6, 0.8])
-    assert [line.get_xdata()[0] for line in epochs] == [0, 2, 4]
-    assert all(colors.same_color(line.get_color(), "black") for line in epochs)
-    assert [text.get_text() for text in ax.texts] == ["E1", "E2", "E3"]
+def test_loss_figure_of_a_single_epoch_shows_a_point_of_each_loss():
+    training, validation, mark = draw_loss([2.0], [1.9]).lines
+    assert [*training.get_ydata(), *validation.get_ydata()] == [2.0, 1.9]
+    assert training.get_marker() != "None" != validation.get_marker()
+    assert set(mark.get_xdata()) == {1}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_accuracy_figure_shows_every_batch_that_was_run(finished):
+    """A run that was stopped leaves NaN for the batches that it hasn't run."""
+    nan = np.nan
+    recorded = [[0.1, 0.2], [0.3, 0.5], [0.6, 0.8]]
+    if not finished:
+        recorded = [[0.1, 0.2], [0.3, nan], [nan, nan]]
+    ax = draw(script.plot_accuracy, np.array(recorded))[0]
+    batches, *starts = ax.lines
+    np.testing.assert_allclose(
+        batches.get_ydata(), [0.1, 0.2, 0.3, 0.5, 0.6, 0.8][: 6 if finished else 3]
+    )
+    epochs = 3 if finished else 2
+    assert [line.get_xdata()[0] for line in starts] == [0, 2, 4][:epochs]
     means = [collection.get_segments()[0][0][1] for collection in ax.collections]
-    assert means == pytest.approx([0.15, 0.4, 0.7])
+    assert means == pytest.approx([0.15, 0.4, 0.7] if finished else [0.15, 0.3])
+    assert len(ax.texts) == epochs
 
 
 def test_grid_tells_right_from_wrong_in_true_colours():
@@ -52,11 +64,9 @@ def test_grid_tells_right_from_wrong_in_true_colours():
     labels = torch.zeros(12, dtype=torch.int64)
     predictions = torch.tensor([0, 1] * 6)
     logits[range(12), predictions] = 0.0
-    fig = script.plot_predictions(images, logits, labels, ["cat", "dog", "ship"])
-    assert len(fig.axes) == 20  # two rows of ten
-    shown = [ax for ax in fig.axes if ax.images]
-    assert len(shown) == 12
-    for image, prediction, ax in zip(images, predictions, shown, strict=True):
+    classes = ["cat", "dog", "ship"]
+    axes = draw(script.plot_predictions, images, logits, labels, classes)
+    for image, prediction, ax in zip(images, predictions, axes, strict=True):
         assert torch.equal(torch.as_tensor(ax.images[0].get_array()), image.permute(1, 2, 0))
         wrong = prediction == 1
         assert ax.get_title() == ("✗ dog\n100%" if wrong else "cat\n100%")
