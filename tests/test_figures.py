@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
+import pytorchpractice as script
 import torch
 from matplotlib.figure import Figure
-
-import pytorchpractice as script
 
 
 def draw(plot, *data):
@@ -30,13 +29,6 @@ def test_loss_figure_shows_both_losses_and_marks_the_kept_epoch():
     assert list(validation.get_ydata()) == [1.9, 1.2, 1.4]
     assert set(mark.get_xdata()) == {2}
     assert all(tick == int(tick) for tick in ax.get_xticks())
-
-
-def test_loss_figure_of_a_single_epoch_shows_a_point_of_each_loss():
-    training, validation, mark = draw_loss([2.0], [1.9]).lines
-    assert [*training.get_ydata(), *validation.get_ydata()] == [2.0, 1.9]
-    assert training.get_marker() != "None" != validation.get_marker()
-    assert set(mark.get_xdata()) == {1}
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -1,14 +1,13 @@
 """README and shipped model: what they say is what one gets."""
 
 import re
-import shlex
 
 import pytest
+import pytorchpractice as script
 import torch
-from conftest import MODEL, ROOT, TESTS, assert_loads
 from PIL import Image
 
-import pytorchpractice as script
+from conftest import MODEL, ROOT, TESTS, assert_loads
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -53,20 +52,6 @@ def test_a_picture_of_ones_own_is_classified(shipped, mode, tmp_path, capsys, mo
     picture.save("picture.jpg", "png" if mode in ("RGBA", "P") else "jpeg")
     exec(BLOCKS[1], shipped)  # noqa: S102 - the README, as it stands
     assert re.fullmatch(r"cat \d+%\n", capsys.readouterr().out)
-
-
-def test_commands_in_the_readme_are_understood():
-    commands = re.findall(r"python pytorchpractice\.py([^`\n#]*)", README)
-    assert commands
-    for arguments in commands:
-        if "--help" not in arguments:
-            script.parse_arguments(shlex.split(arguments))
-
-
-def test_files_that_the_readme_links_to_are_there():
-    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_requirements_are_those_of_the_script():

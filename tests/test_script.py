@@ -13,7 +13,11 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import pytorchpractice as script
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.image import imread
+
 from conftest import (
     MODEL,
     ROOT,
@@ -24,10 +28,6 @@ from conftest import (
     run_script,
     start_script,
 )
-from matplotlib import pyplot as plt
-from matplotlib.image import imread
-
-import pytorchpractice as script
 
 GRID = "test_images_pred_actual.png"
 CURVES = ["nnmodel_accuracy.png", "nnmodel_loss.png"]
@@ -92,14 +92,6 @@ def test_prints_one_plain_row_an_epoch_and_fits_80_columns(finished):
     assert max(map(len, output[output.index("epoch ") :].splitlines())) <= 80
 
 
-def test_marks_the_epochs_that_were_best_so_far(finished):
-    best = float("inf")
-    for row in ROW.finditer(finished[1]):
-        loss = float(row["validation"])
-        assert row["mark"] == ("saved" if loss < best else "")
-        best = min(best, loss)
-
-
 def test_reports_what_the_saved_file_scores_by_hand(finished, sample):
     folder, output = finished
     loss, accuracy, hits = score_by_hand(folder / MODEL, sample[1])
@@ -158,23 +150,6 @@ def test_show_shows_the_figures_in_windows(run_here, monkeypatch, options):
     assert len(shown) == (3 if options else 0)
 
 
-def test_another_run_in_the_folder_does_not_change_what_is_reported(
-    sample, in_folder, monkeypatch, capsys
-):
-    """Another run's weights take the file's place after this run's training."""
-    train, own = script.train, in_folder / "own.pt"
-
-    def train_and_be_replaced(*arguments, **options):
-        train(*arguments, **options)
-        os.replace(MODEL, own)
-        script.save(random_model(1).state_dict(), Path(MODEL))
-
-    monkeypatch.setattr(script, "train", train_and_be_replaced)
-    assert script.main(arguments_on_sample("--epochs", 2)) == 0
-    loss, _, _ = score_by_hand(own, sample[1])
-    assert float(SCORE.search(capsys.readouterr().out)[1]) == pytest.approx(loss, abs=2e-4)
-
-
 def test_two_runs_in_one_folder_leave_the_whole_weights_of_one(tmp_path, sample):
     one_core = {"OMP_NUM_THREADS": "1"}  # more threads than cores wait for each other
     runs = [start_script(tmp_path, "--epochs", 2, "--seed", i, env=one_core) for i in range(2)]
@@ -223,13 +198,6 @@ def test_wrong_arguments_are_one_line_before_any_work(arguments, in_folder, caps
 @pytest.mark.parametrize("arguments", ["--batch-size 16", "--images 250", f"--seed {2**63 - 1}"])
 def test_right_arguments_are_accepted(arguments):
     script.parse_arguments(arguments.split())
-
-
-def test_unknown_device_names_those_that_are_there(capsys):
-    with pytest.raises(SystemExit):
-        script.parse_arguments(["--device", "tpu"])
-    message = capsys.readouterr().err
-    assert all(device in message for device in script.find_devices()[0])
 
 
 def test_help_names_every_option(capsys):
@@ -376,29 +344,6 @@ def test_disk_full_to_the_end_leaves_the_file_as_it_was(run_here, in_folder, fil
     assert not half_written(in_folder)
 
 
-@pytest.fixture
-def small_disk(in_folder):
-    """Work on a file system with room for one checkpoint and a half; return its folder."""
-    script.save(random_model().state_dict(), in_folder.parent / MODEL)
-    size = (in_folder.parent / MODEL).stat().st_size * 3 // 2
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(in_folder)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("this test needs the right to mount a small file system")
-    os.chdir(in_folder)
-    yield in_folder
-    subprocess.run(["umount", "--lazy", str(in_folder)], check=True)
-
-
-def test_a_disk_that_is_really_full_leaves_the_file_as_it_was(run_here, small_disk):
-    """There is room for the figures, and for half of the new weights beside the old ones."""
-    (small_disk / MODEL).write_bytes((small_disk.parent / MODEL).read_bytes())
-    code, output = run_here("--epochs", 2)
-    assert code == 1, output
-    assert_one_line(output, "[Errno 28] No space left on device")
-    assert (small_disk / MODEL).read_bytes() == (small_disk.parent / MODEL).read_bytes()
-    assert not half_written(small_disk)
-
-
 def test_loss_that_is_not_finite_ends_in_one_line_with_the_best_epoch_kept(
     run_here, in_folder, monkeypatch
 ):
@@ -420,14 +365,6 @@ def test_no_checkpoint_to_evaluate_is_one_line(run_here):
     code, output = run_here("--evaluate")
     assert code == 1
     assert_one_line(output, MODEL)
-
-
-@pytest.mark.parametrize("name", ["figures", "data"])
-def test_folder_that_cannot_be_made_is_one_line(run_here, in_folder, name):
-    (in_folder / name).write_text("a file where the folder should be")
-    code, output = run_here("--epochs", 1, *(["--data", "data"] if name == "data" else []))
-    assert code == 1
-    assert_one_line(output, "[Errno 17] File exists")
 
 
 def test_torch_that_is_too_old_is_one_line(run_here, monkeypatch):
