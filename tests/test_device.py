@@ -4,10 +4,10 @@ import contextlib
 import sys
 
 import pytest
-import pytorchpractice as script
 import torch
-
 from conftest import MODEL, assert_loads, random_model, train
+
+import pytorchpractice as script
 
 # Choice
 
@@ -54,16 +54,16 @@ def test_auto_prefers_mps_then_cuda_then_cpu(machine):
 def test_a_device_that_does_not_work_is_explained_and_passed_over(machine, what, note):
     machine(**what)
     args, notes = script.parse_arguments([])
-    assert notes == [note]
+    assert note in notes
     assert args.device == "cpu"
 
 
 @pytest.mark.parametrize(
     ("features", "dtype", "words"),
     [
-        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16, "hardware multiplies it"),
-        ({"avx512_bf16": True}, torch.bfloat16, "hardware multiplies it"),
-        ({"bf16": True}, torch.bfloat16, "hardware multiplies it"),
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16, "hardware computes in it"),
+        ({"avx512_bf16": True}, torch.bfloat16, "hardware computes in it"),
+        ({"bf16": True}, torch.bfloat16, "hardware computes in it"),
         ({"avx2": True, "avx512_bf16": False}, torch.float32, "hardware has no bfloat16"),
     ],
 )

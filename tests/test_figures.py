@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-import pytorchpractice as script
 import torch
 from matplotlib.figure import Figure
+
+import pytorchpractice as script
 
 
 def draw(plot, *data):

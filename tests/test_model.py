@@ -1,12 +1,12 @@
 """Model: what goes in and comes out, and how it looks at an image."""
 
 import pytest
-import pytorchpractice as script
 import torch
 import torch.nn.functional as F
+from conftest import random_model
 from torch import nn
 
-from conftest import random_model
+import pytorchpractice as script
 
 
 def convolutions(model):

@@ -3,11 +3,11 @@
 import re
 
 import pytest
-import pytorchpractice as script
 import torch
+from conftest import MODEL, ROOT, TESTS, assert_loads
 from PIL import Image
 
-from conftest import MODEL, ROOT, TESTS, assert_loads
+import pytorchpractice as script
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

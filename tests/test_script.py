@@ -13,11 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-import pytorchpractice as script
 import torch
-from matplotlib import pyplot as plt
-from matplotlib.image import imread
-
 from conftest import (
     MODEL,
     ROOT,
@@ -28,6 +24,10 @@ from conftest import (
     run_script,
     start_script,
 )
+from matplotlib import pyplot as plt
+from matplotlib.image import imread
+
+import pytorchpractice as script
 
 GRID = "test_images_pred_actual.png"
 CURVES = ["nnmodel_accuracy.png", "nnmodel_loss.png"]

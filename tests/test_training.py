@@ -1,11 +1,11 @@
 """Optimizers and training: it learns, it is repeatable, it saves the best, its numbers are right."""
 
 import pytest
-import pytorchpractice as script
 import torch
 import torch.nn.functional as F
-
 from conftest import MODEL, assert_loads, random_model, train
+
+import pytorchpractice as script
 
 
 @pytest.fixture(autouse=True)
