@@ -60,7 +60,7 @@ SIZES = ((0.6, 24), (1.0, 32))  # until this part of the run, the side of traini
 FIRST_LAYER_PORTION = 0.3  # until this part of the run, the first layer's bias learns
 MAX_SHIFT = 4  # pixels: random translation of a training image
 LABEL_SMOOTHING = 0.2
-AVERAGED_EPOCHS = 0.5  # the weights kept are an average over about the last half of an epoch
+AVERAGED_EPOCHS = 0.5  # the weights kept are an average over about this many of the last epochs
 SURE = 0.7  # probability: below it, the trained net looks at the image three more times
 
 MUON_LR = 0.08  # convolutions of the blocks
