@@ -35,10 +35,17 @@ def test_shipped_model_is_whole_and_small_and_classifies_the_sample(shipped, sam
 
 
 def test_shipped_model_scores_what_the_readme_states(shipped, full_data):
-    _, loss, accuracy = script.evaluate(shipped["model"], *script.as_tensors(full_data[1]), "cpu")
+    images, labels = script.as_tensors(full_data[1])
+    logits, loss, accuracy = script.evaluate(shipped["model"], images, labels, "cpu")
     assert accuracy == pytest.approx(float(STATED[2]) / 100, abs=3e-4)
     assert loss == pytest.approx(float(STATED[1]), abs=1e-3)
     assert accuracy >= 0.93
+
+    # Its probabilities are true: the expected calibration error, over 15 bins (arXiv:1706.04599).
+    confidence, predictions = logits.softmax(1).max(1)
+    surplus = confidence - (predictions == labels).float()
+    error = torch.zeros(15).index_add(0, (confidence * 15).long().clamp(max=14), surplus)
+    assert error.abs().sum() / len(labels) <= 0.015
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
