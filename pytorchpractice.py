@@ -282,7 +282,7 @@ class CIFARNet(nn.Module):
         if self.training:
             return logits
         unsure = logits.softmax(1).amax(1) < SURE
-        if unsure.any():  # look again, mirrored and shifted by a pixel
+        if unsure.any():  # look again, mirrored and shifted; where it is sure, that changes little
             images = images[unsure]
             padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
             views = images.flip(3), padded[:, :, :-2, :-2], padded[:, :, 2:, 2:].flip(3)
