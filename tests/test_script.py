@@ -77,8 +77,7 @@ def test_says_what_it_runs_on_and_prints_one_plain_row_an_epoch_in_80_columns(fi
         assert words in head
     assert re.search(r"^device \w+, training in (bfloat16|float32): .+", head, re.MULTILINE)
     assert [row["epoch"] for row in ROW.finditer(rest)] == ["1", "2", "3", "4"]
-    assert "\r" not in rest
-    assert "\033" not in rest
+    assert not {"\r", "\033"} & set(rest)
     assert max(map(len, rest[rest.index("epoch ") :].splitlines())) <= 80
 
 
@@ -195,7 +194,6 @@ def nothing(*_):
 
 
 def half(path, content, write=Path.write_bytes):
-    """Write half of a file."""
     write(path, content[: len(content) // 2])
 
 
