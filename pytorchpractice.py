@@ -210,7 +210,7 @@ class TrainingBatches:
 
 # Model --------------------------------------------------------------------------------------------
 def conv_norm(channels_in, channels_out, padding=1):
-    """Return a 3x3 convolution whose first outputs start as copies of its input, and a BatchNorm."""
+    """Return a 3x3 convolution whose first outputs start as copies of its input, and BatchNorm."""
     conv = nn.Conv2d(channels_in, channels_out, 3, padding=padding, bias=False)
     nn.init.dirac_(conv.weight[:channels_in])
     norm = nn.BatchNorm2d(channels_out)
