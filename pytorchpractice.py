@@ -103,7 +103,7 @@ def choose_precision(device):
     else:
         has = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
         has_bfloat16 = any(map(has.get, ("amx_bf16", "avx512_bf16", "bf16")))
-        has_bfloat16 &= torch.backends.mkldnn.is_available()  # a Mac's torch lacks this library
+        has_bfloat16 &= torch.backends.mkldnn.is_available()  # oneDNN, which a Mac's torch lacks
     if not has_bfloat16:  # it would be emulated, many times slower
         return torch.float32, "no bfloat16 that this torch can use"
     return torch.bfloat16, "the hardware computes in it"

@@ -46,14 +46,17 @@ def test_bfloat16_is_chosen_only_where_a_cpu_is_known_to_have_it(monkeypatch, na
     def precision(one_dnn, **features):
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: one_dnn)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
-        return script.choose_precision("cpu")[0]
+        return script.choose_precision("cpu")
 
-    assert precision(True, avx2=True, **{name: True}) == torch.bfloat16
-    assert precision(False, avx2=True, **{name: True}) == torch.float32
-    assert precision(True, avx2=True, **{name: False}) == torch.float32
+    no_bfloat16 = torch.float32, "no bfloat16 that this torch can use"
+    assert precision(True, avx2=True, **{name: True})[0] == torch.bfloat16
+    assert precision(False, avx2=True, **{name: True}) == no_bfloat16
+    assert precision(True, avx2=True, **{name: False}) == no_bfloat16
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert script.choose_precision("cpu")[0] == torch.float32
-    assert script.choose_precision("mps")[0] == torch.float32
+    assert script.choose_precision("cpu") == no_bfloat16
+    dtype, reason = script.choose_precision("mps")
+    assert dtype == torch.float32
+    assert "Apple" in reason
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
