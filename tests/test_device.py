@@ -54,6 +54,9 @@ def test_bfloat16_is_chosen_only_where_a_cpu_is_known_to_have_it(monkeypatch, na
     assert precision(True, avx2=True, **{name: False}) == no_bfloat16
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert script.choose_precision("cpu") == no_bfloat16
+
+
+def test_bfloat16_is_not_chosen_on_apples_gpus():
     dtype, reason = script.choose_precision("mps")
     assert dtype == torch.float32
     assert "Apple" in reason

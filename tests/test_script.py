@@ -194,6 +194,7 @@ def nothing(*_):
 
 
 def half(path, content, write=Path.write_bytes):
+    """Write half of a file."""
     write(path, content[: len(content) // 2])
 
 
