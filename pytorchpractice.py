@@ -214,7 +214,7 @@ def conv_norm(channels_in, channels_out, padding=1):
     conv = nn.Conv2d(channels_in, channels_out, 3, padding=padding, bias=False)
     nn.init.dirac_(conv.weight[:channels_in])
     norm = nn.BatchNorm2d(channels_out)
-    norm.weight.requires_grad_(False)  # the next layer has a scale of its own
+    norm.weight.requires_grad_(False)  # as in airbench, only the bias learns
     return conv, norm
 
 
@@ -268,7 +268,7 @@ class CIFARNet(nn.Module):
         filters = (components / (variances + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
         self.whiten.weight.copy_(torch.cat([filters, -filters]))
 
-    def look(self, images):
+    def look(self, images):  # once and uncalibrated, as in training and validation
         x = (images - self.mean) / self.std  # (N, 3, 32, 32)
         x = F.gelu(self.whiten(x))  # (N, 24, 31, 31)
         x = self.blocks(x)  # (N, 64, 15, 15), (N, 256, 7, 7), (N, 256, 3, 3)
