@@ -75,23 +75,14 @@ FINAL_RATE = 0.08  # every rate falls linearly over the run, to this part of its
 
 # Device -------------------------------------------------------------------------------------------
 def find_devices():
-    """Return (devices, notes): the devices that work, the best first, and why others don't."""
-    devices, notes = ["cpu"], []
-    if torch.cuda.is_available():
-        try:
-            torch.zeros(1, device="cuda").add_(1)  # fails on a card too old for this torch
-            devices.insert(0, "cuda")
-        except RuntimeError:
-            notes.append("CUDA: this card has no kernels in this torch")
-    elif sys.platform != "darwin":
-        notes.append("CUDA: no NVIDIA GPU that this torch can use")
-    if torch.backends.mps.is_available():
-        devices.insert(0, "mps")
-    elif torch.backends.mps.is_built():
-        notes.append("MPS: built, but this macOS doesn't offer it")
-    elif sys.platform == "darwin":
-        notes.append("MPS: this torch was built without it")
-    return devices, notes
+    """Return (devices, notes): the devices that work, the best first, and why a GPU doesn't."""
+    gpu = "mps" if sys.platform == "darwin" else "cuda"
+    try:  # one can be offered and fail: too old for this torch, or a virtual Mac's
+        torch.zeros(1, device=gpu).add_(1)
+    except (AssertionError, RuntimeError) as error:  # the first if torch was built without CUDA
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        return ["cpu"], [f"GPU not used: {reason}"]
+    return [gpu, "cpu"], []
 
 
 def choose_precision(device):
@@ -584,6 +575,7 @@ def main(argv=None):
         fig = figure(figsize=(7, 4), layout="constrained")
         plot(fig, *data)
         fig.savefig(FIGURES / name, dpi=150)
+        print(f"saved {FIGURES / name}")
 
     if not code:
         if args.device == "cuda":  # exact float32, as anyone who loads the file computes: no TF32
@@ -601,7 +593,7 @@ def main(argv=None):
     if history.best_state:
         draw("nnmodel_loss.png", plot_loss, history)
         draw("nnmodel_accuracy.png", plot_accuracy, history.batch_accuracy.cpu().numpy())
-    print(f"total time {time.perf_counter() - start:.0f} s; figures in {FIGURES}/")
+    print(f"total time {time.perf_counter() - start:.0f} s")
     if args.show:
         plt.show()
     return code
