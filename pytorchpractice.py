@@ -126,9 +126,9 @@ class CIFAR10Npm(CIFAR10):
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             self.targets = json.load(archive.extractfile(f"package/{labels}"))
             files = [archive.extractfile(f"package/{name}.png") for name in sheets]
-            pixels = np.concatenate([imread(file, format="png") for file in files])  # in [0, 1]
-        # Each row of a sheet is an image.
-        self.data = np.rint(pixels * 255).astype(np.uint8).reshape(-1, 32, 32, 3)
+            # One at a time, since a sheet takes four times the memory as floats, in [0, 1].
+            sheets = [np.rint(imread(f, format="png") * 255).astype(np.uint8) for f in files]
+        self.data = np.concatenate(sheets).reshape(-1, 32, 32, 3)  # each row of a sheet is an image
 
 
 def load_cifar10(root):
@@ -558,13 +558,14 @@ def main(argv=None):
     print("\n".join([*notes, f"device {args.device}, {precision.replace('torch.', '')}"]))
 
     FIGURES.mkdir(exist_ok=True)
-    model = load_model(MODEL_PATH) if args.evaluate else CIFARNet().eval()
+    if args.evaluate:
+        model = load_model(MODEL_PATH)
     train_set, test_set = load_cifar10(args.data)
     history, code = History(), 0
     if not args.evaluate:
-        setup = set_up_training(train_set, args.seed, args.batch_size, args.device)
+        model, *data = set_up_training(train_set, args.seed, args.batch_size, args.device)
         try:
-            train(*setup, history, epochs=args.epochs, device=args.device, dtype=dtype)
+            train(model, *data, history, epochs=args.epochs, device=args.device, dtype=dtype)
             model.load_state_dict(history.best_state)
         except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C; SIGTERM, a loss not finite
             print("\nstopped")
@@ -581,7 +582,7 @@ def main(argv=None):
         if args.device == "cuda":  # exact float32, as anyone who loads the file computes: no TF32
             torch.backends.cudnn.conv.fp32_precision = "ieee"
         images, labels = as_tensors(test_set)
-        logits, loss, _ = evaluate(model.to(args.device), images, labels, args.device)
+        logits, loss, _ = evaluate(model.eval().to(args.device), images, labels, args.device)
         report(logits, loss, labels, test_set.classes, args.batch_size)
     if not history.saved:
         save(history.best_state, MODEL_PATH)  # the disk was full: there may be room by now
