@@ -77,9 +77,9 @@ FINAL_RATE = 0.08  # every rate falls linearly over the run, to this part of its
 def find_devices():
     """Return (devices, notes): the devices that work, the best first, and why a GPU doesn't."""
     gpu = "mps" if sys.platform == "darwin" else "cuda"
-    try:  # one can be offered and fail: too old for this torch, or a virtual Mac's
+    try:  # since torch also offers a GPU that is too old for it, or a virtual Mac's, which fails
         torch.zeros(1, device=gpu).add_(1)
-    except (AssertionError, RuntimeError) as error:  # the first if torch was built without CUDA
+    except (AssertionError, RuntimeError) as error:  # Assertion: torch was built without CUDA
         reason = str(error).partition("\n")[0].partition(". ")[0]
         return ["cpu"], [f"GPU not used: {reason}"]
     return [gpu, "cpu"], []
