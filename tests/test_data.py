@@ -200,6 +200,13 @@ def test_each_image_is_mirrored_every_other_epoch():
     assert torch.equal(third, first)
 
 
+def test_small_images_are_whole_images_made_smaller():
+    images = F.pad(torch.full((50, 3, 16, 16), 255, dtype=torch.uint8), (8,) * 4)  # a white quarter
+    [(batch, _)] = serve(images).epoch(20)
+    assert batch.shape == (50, 3, 20, 20)
+    torch.testing.assert_close(batch.mean((1, 2, 3)), torch.full((50,), 0.25), atol=0.04, rtol=0)
+
+
 def test_full_data_are_cifar10(full_data):
     images = [np.ascontiguousarray(part.data) for part in full_data]
     labels = [np.uint8(part.targets) for part in full_data]
