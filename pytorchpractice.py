@@ -582,7 +582,7 @@ def main(argv=None):
         print(f"saved {FIGURES / name}")
 
     if not code:
-        if args.device == "cuda":  # exact float32, as anyone who loads the file computes: no TF32
+        if args.device == "cuda":  # exact float32, as on a CPU: no TF32
             torch.backends.cudnn.conv.fp32_precision = "ieee"
         images, labels = as_tensors(test_set)
         logits, loss, _ = evaluate(model.eval(), images, labels, args.device)
@@ -604,7 +604,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends a run as Ctrl-C does
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends a run as Ctrl-C does
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -612,4 +612,4 @@ if __name__ == "__main__":
     except OSError as error:  # no data, a full disk, a folder that can't be written to
         sys.exit(f"pytorchpractice: {error}")
     finally:  # a notebook's %run goes on after it
-        signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGTERM, previous)
