@@ -180,15 +180,15 @@ class TrainingBatches:
         self.generator = torch.Generator().manual_seed(seed)
         self.mirrored = torch.rand(len(labels), generator=self.generator) < 0.5
         padded = [pad(x, MAX_SHIFT, padding_mode="reflect") for x in images.split(5000)]
-        self.padded = torch.cat(padded)  # in parts, since as floats it takes memory
+        self.padded = torch.cat(padded)  # in parts, since pad makes floats of it, which take memory
 
     def epoch(self, size):
         """Yield (images, labels): float32 (batch_size, 3, size, size) in [0, 1] and int64."""
         # The whole images made smaller, here on the CPU, since not every device can do it.
         side = round(self.padded.shape[3] * size / 32)
-        images = resize(self.padded, [side, side]).to(self.device)
+        resized = resize(self.padded, [side, side]).to(self.device)
         # A view of every crop of every image, (N, 3, places, places, size, size).
-        crops = images.unfold(2, size, 1).unfold(3, size, 1)
+        crops = resized.unfold(2, size, 1).unfold(3, size, 1)
         order = torch.randperm(len(self.labels), generator=self.generator)
         shape = self.per_epoch, 2, self.batch_size
         places = torch.randint(crops.shape[2], shape, generator=self.generator)
@@ -197,7 +197,7 @@ class TrainingBatches:
             images = crops[indices, :, y, x].float() / 255
             mirror = mirrored[indices][:, None, None, None]
             yield torch.where(mirror, images.flip(3), images), self.labels[indices]
-        # Each image alternates between its two mirror images (airbench, arXiv:2404.00498).
+        # Each image alternates with its mirror image (airbench, arXiv:2404.00498).
         self.mirrored = ~self.mirrored
 
 
@@ -219,7 +219,7 @@ class Block(nn.Module):
         self.conv1, self.norm1 = conv_norm(channels_in, channels_out, padding=0)
         self.conv2, self.norm2 = conv_norm(channels_out, channels_out)
         self.conv3, self.norm3 = conv_norm(channels_out, channels_out)
-        self.norm3.weight.requires_grad_(True)  # how much of it to add to the skip is learnt
+        self.norm3.weight.requires_grad_(True)  # how much to add to the skip is learnt, too
 
     def forward(self, x):
         # Where the size is odd, nothing is padded below and on the right: pooling would drop it.
@@ -267,7 +267,7 @@ class CIFARNet(nn.Module):
         x = F.gelu(self.whiten(x))  # (N, 24, 31, 31)
         x = self.blocks(x)  # (N, 64, 15, 15), (N, 256, 7, 7), (N, 256, 3, 3)
         x = x.amax((2, 3)) + x.mean((2, 3))  # (N, 256)
-        return self.head(x) / x.shape[1]  # (N, n_classes)
+        return self.head(x) / x.shape[1]  # (N, n_classes), small at first
 
     def forward(self, images):
         logits = self.look(images)
@@ -284,7 +284,7 @@ class CIFARNet(nn.Module):
 
 # Optimizers ---------------------------------------------------------------------------------------
 def orthogonalize(matrix, steps=3):
-    """Return roughly the semi-orthogonal matrix nearest to one of Frobenius norm 1."""
+    """Return roughly the semi-orthogonal matrix nearest to `matrix`, of Frobenius norm 1."""
     # Newton and Schulz's iteration; with these numbers small singular values grow fastest.
     a, b, c = 3.4445, -4.7750, 2.0315
     gram = matrix @ matrix.T  # smaller than the matrix, so iterated on in its place
@@ -318,7 +318,7 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, batch_size, steps, dtype):
     """Return (optimizers, schedulers): Muon for convolutions, SGD for the rest."""
-    decay = WEIGHT_DECAY * batch_size
+    decay = WEIGHT_DECAY * batch_size  # of a step at the full rate
     convolutions = [p for p in model.blocks.parameters() if p.ndim == 4]
     vectors = [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]
     groups = [

@@ -80,8 +80,7 @@ def in_folder(tmp_path, monkeypatch):
 
 def files(folder):
     """Return the names of all files in a folder and below it, half-written ones too, sorted."""
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return sorted(path.relative_to(folder).as_posix() for path in paths)
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
 def arguments_on_sample(*arguments):

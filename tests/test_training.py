@@ -52,6 +52,7 @@ def test_learning_rates_fall_linearly():
 def test_training_learns(sample, in_folder):
     """Chance is 10 % and ln 10 = 2.30: 540 images are enough to leave both well behind."""
     history = train(sample[0], epochs=10)
+    assert history.train_loss[-1] < history.train_loss[0] - 0.4
     assert history.batch_accuracy[-1].mean() > 0.5
     images, labels = script.as_tensors(sample[1])
     _, loss, accuracy = script.evaluate(script.load_model(MODEL), images, labels, "cpu")
