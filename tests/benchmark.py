@@ -1,17 +1,22 @@
-"""Compare the script with the original's recipe, on this machine; run by hand, not by pytest.
+"""Measure the script, on this machine; run by hand, not by pytest.
 
-    python tests/benchmark.py --work        what both compute, in FLOPs; a few seconds
-    python tests/benchmark.py               an epoch of each kind, in turn, three times: speed
-    python tests/benchmark.py --seeds 5     full runs of the script, one a seed: accuracy
-    --fp32                                  force float32, for the last two
-    --part 0.2                              compare the speed on a part of the images: sooner
+    python tests/benchmark.py --work            its FLOPs and the original's; a few seconds
+    python tests/benchmark.py                   the original's speed and its own: an epoch of each
+                                                kind, in turn, three times
+    python tests/benchmark.py --seeds 5         full runs of the script, one a seed: test accuracy
+    python tests/benchmark.py --without         names the parts of the recipe
+    python tests/benchmark.py --without all --seeds 3    what each buys: runs without it, scored on
+                                                the validation images, beside the default recipe's
+    --fp32                                      force float32
+    --part 0.2                                  a part of the images, for the speed: sooner
 
-Both train on the same 45,000 images, each measured in a process of its own. The original's data
-loader (images decoded and normalised one by one) is left out, which favours the original.
+Each is measured in a process of its own. The original's data loader (images decoded and normalised
+one by one) is left out, which favours the original.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import resource
@@ -35,7 +40,7 @@ import pytorchpractice as script
 ORIGINAL_BATCH = 128
 TRAINING_IMAGES, VALIDATION_IMAGES = 45_000, 5_000
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of what the system reports
-EPOCH = re.compile(r" +\d+ +[\d.]+ +[\d.]+% +([\d.]+) +[\d.]+% +([\d.]+)")  # a row of its table
+EPOCH = re.compile(r" +\d+ +[\d.]+ +[\d.]+% +([\d.]+) +[\d.]+% +([\d.]+) ")  # of its table
 
 
 def original_net():
@@ -79,11 +84,9 @@ def train_original(images, labels, validation, device):
 
 def kinds():
     """Return (side of the images, whether the first layer learns) of the script's ten epochs."""
-    progress = [epoch / script.EPOCHS for epoch in range(script.EPOCHS)]
-    return [
-        (next(size for end, size in script.SIZES if part < end), part < script.FIRST_LAYER_PORTION)
-        for part in progress
-    ]
+    middles = [(epoch + 0.5) / script.EPOCHS for epoch in range(script.EPOCHS)]
+    sizes = [next(size for end, size in script.SIZES if middle < end) for middle in middles]
+    return [(s, m < script.FIRST_LAYER_PORTION) for s, m in zip(sizes, middles, strict=True)]
 
 
 def name(size, first_layer_learns):
@@ -103,6 +106,127 @@ def train_script(train_set, device, dtype, kind):
         script.train(*setup, script.History(), epochs=1, device=device, dtype=dtype)
         os.chdir(ROOT)
     return time.perf_counter() - start
+
+
+def learnt_first_layer(model, images, whiten=script.CIFARNet.init_whiten):
+    """Normalise the images as the script does, and let the first layer start at random."""
+    whiten(model, images)
+    model.whiten.reset_parameters()
+    model.whiten.weight.requires_grad_(True)
+
+
+def learnt_scales(*arguments, conv_norm=script.conv_norm):
+    """Let the scale of every BatchNorm learn."""
+    conv, norm = conv_norm(*arguments)
+    norm.weight.requires_grad_(True)
+    return conv, norm
+
+
+def square(kernels):
+    """Return conv_norm with 3x3 convolutions in place of those of these kernels."""
+
+    def changed(channels_in, channels_out, kernel, padding, conv_norm=script.conv_norm):
+        change = {"kernel": 3, "padding": 1} if kernel in kernels else {}
+        return conv_norm(
+            channels_in, channels_out, **{"kernel": kernel, "padding": padding} | change
+        )
+
+    return changed
+
+
+class BlockWithoutBranch(script.Block):
+    """The convolution under the pooling alone."""
+
+    def __init__(self, *channels):
+        super().__init__(*channels)
+        del self.conv2, self.norm2, self.conv3, self.norm3
+
+    def forward(self, x):
+        return F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+
+
+class BlockWithoutSkip(script.Block):
+    """The branch's output alone, without what it is added to."""
+
+    def forward(self, x):
+        x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        y = F.gelu(self.norm2(self.conv2(x)))
+        return F.gelu(self.norm3(self.conv3(y)))
+
+
+class DrawnMirror(script.TrainingBatches):
+    """Each image is mirrored or not by chance, anew in each epoch."""
+
+    def epoch(self, size):
+        self.mirrored = torch.rand(len(self.labels), generator=self.generator) < 0.5
+        yield from super().epoch(size)
+
+
+def sgd(convolutions, _):
+    """Return SGD in place of Muon; of the rates 0.0005, 0.001, 0.002 and 0.004, its best."""
+    rate, decay = 0.001, script.WEIGHT_DECAY * script.BATCH_SIZE
+    return torch.optim.SGD(convolutions, rate, 0.85, nesterov=True, weight_decay=decay / rate)
+
+
+class MuonAlone(script.Muon):
+    """Muon that doesn't scale the weights to a norm: it takes that part of the step back."""
+
+    @torch.no_grad()
+    def step(self):
+        weights = self.param_groups[0]["params"]
+        before = [weight.clone() for weight in weights]
+        super().step()
+        for weight, old in zip(weights, before, strict=True):
+            weight.add_(old, alpha=1 - (len(old) ** 0.5 / old.norm()).item())
+
+
+def one_look(model, images):
+    """Look once in eval mode, too."""
+    return model.look(images) / (1 if model.training else model.temperature)
+
+
+PARTS = {  # of the recipe: (object, attribute) and what stands there in a run without it
+    "whitening": ((script.CIFARNet, "init_whiten"), learnt_first_layer),
+    "first-layer bias": ((script, "FIRST_LAYER_PORTION"), 0),
+    "identity start": ((nn.init, "dirac_"), lambda weight: weight),
+    "frozen scale": ((script, "conv_norm"), learnt_scales),
+    "GELU": ((F, "gelu"), F.relu),
+    "residual branch": ((script, "Block"), BlockWithoutBranch),
+    "skip connection": ((script, "Block"), BlockWithoutSkip),
+    "maximum beside mean": ((torch.Tensor, "amax"), lambda x, dims: 0),
+    "2x2 convolution": ((script, "conv_norm"), square([2])),
+    "column and row": ((script, "conv_norm"), square([(3, 1), (1, 3)])),
+    "Muon": ((script, "Muon"), sgd),
+    "weight norm": ((script, "Muon"), MuonAlone),
+    "weight decay": ((script, "WEIGHT_DECAY"), 0),
+    "alternating mirror": ((script, "TrainingBatches"), DrawnMirror),
+    "shifts": ((script, "MAX_SHIFT"), 0),
+    "small images": ((script, "SIZES"), ((1.0, 32),)),
+    "label smoothing": ((script, "LABEL_SMOOTHING"), 0.0),
+    "averaged weights": ((script, "AVERAGED_EPOCHS"), 0),
+    "extra looks": ((script.CIFARNet, "forward"), one_look),
+}
+
+
+def train_without(part, seed, train_set, device, dtype):
+    """Train the default recipe without one of its parts, or whole ("nothing"); score it.
+
+    Return the validation accuracy and loss of the saved epoch, as `model.eval()` gives them, and
+    the seconds of training.
+    """
+    if part != "nothing":
+        (place, attribute), replacement = PARTS[part]
+        setattr(place, attribute, replacement)
+    model, *data = script.set_up_training(train_set, seed, script.BATCH_SIZE, device)
+    history, start = script.History(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        script.train(model, *data, history, epochs=script.EPOCHS, device=device, dtype=dtype)
+        os.chdir(ROOT)
+    seconds = time.perf_counter() - start
+    model.load_state_dict(history.best_state)
+    _, loss, accuracy = script.evaluate(model.eval(), *data[1], device)
+    return {"accuracy": accuracy, "loss": loss, "seconds": seconds}
 
 
 def matmul_rate(device, dtype, size=2048):
@@ -156,11 +280,15 @@ def print_work():
         print(f"{recipe}: {flops}, in ten epochs")
 
 
-def measure(what, device, dtype, part):
+def measure(what, device, dtype, part, seed):
     """Measure one thing in this process, and print it as JSON on the last line."""
     train_set, _ = script.load_cifar10(ROOT / "data")
     count = round(part * len(train_set.data))
     train_set.data, train_set.targets = train_set.data[:count], train_set.targets[:count]
+    if what.startswith("without "):
+        part = what.removeprefix("without ")
+        print(json.dumps(train_without(part, seed, train_set, device, dtype)))
+        return
     if what == "original":
         images, labels = script.as_tensors(train_set)
         order = torch.randperm(len(labels))
@@ -176,9 +304,10 @@ def measure(what, device, dtype, part):
     print(json.dumps({"seconds": seconds / part, "matmul": rate, "peak": peak}))
 
 
-def child(arguments, what):
+def child(arguments, what, seed=0):
     """Measure in a process of its own; return what it printed."""
     command = [sys.executable, __file__, "--measure", what, "--device", arguments.device]
+    command += ["--seed", str(seed)]
     command += ["--part", str(arguments.part), *["--fp32"] * arguments.fp32]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -206,6 +335,35 @@ def compare_speed(arguments):
     print(f"ratio: median {statistics.median(ratios):.2f}, ", end="")
     print(f"from {min(ratios):.2f} to {max(ratios):.2f}")
     print_work()
+
+
+def compare_parts(arguments):
+    """Print what a run without a part, or without each in turn, comes to, as rows of a table.
+
+    Accuracies are means over the seeds, with the standard error of their difference from the whole
+    recipe's, seed by seed; times are relative to the whole recipe's.
+    """
+    parts = PARTS if arguments.without == "all" else [arguments.without]
+    seeds = range(arguments.seeds or 2)
+    whole = [child(arguments, "without nothing", seed) for seed in seeds]
+    print(
+        "| without | validation accuracy | difference | loss | time |\n| --- | --- | --- | --- | --- |"
+    )
+    print(row_of("nothing", whole, whole), flush=True)
+    for part in parts:
+        runs = [child(arguments, f"without {part}", seed) for seed in seeds]
+        print(row_of(part, runs, whole), flush=True)
+
+
+def row_of(part, runs, whole):
+    """Return a table's row on runs without a part, beside those of the whole recipe."""
+    mean = {key: statistics.mean(run[key] for run in runs) for key in whole[0]}
+    differences = [100 * (a["accuracy"] - b["accuracy"]) for a, b in zip(runs, whole, strict=True)]
+    error = statistics.stdev(differences) / len(runs) ** 0.5 if len(runs) > 1 else math.nan
+    time_ratio = mean["seconds"] / statistics.mean(run["seconds"] for run in whole)
+    difference = f"{statistics.mean(differences):+.2f} ± {error:.2f}"
+    accuracy, loss = f"{100 * mean['accuracy']:.2f}", f"{mean['loss']:.4f}"
+    return f"| {part} | {accuracy} | {difference} | {loss} | {time_ratio:.2f} |"
 
 
 def full_run(arguments, seed):
@@ -267,6 +425,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", action="store_true", help="count FLOPs, run nothing")
     parser.add_argument("--seeds", type=int, help="make full runs with this many seeds")
+    choices = ["", "all", *PARTS]
+    parser.add_argument("--without", nargs="?", const="", choices=choices, help="a part's name")
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--turns", type=int, default=3, help="epochs of each kind, alternating")
     parser.add_argument("--part", type=float, default=1.0, help="of the images, for the speed")
     parser.add_argument("--fp32", action="store_true", help="force float32")
@@ -275,9 +436,13 @@ def main():
     arguments = parser.parse_args()
     dtype = torch.float32 if arguments.fp32 else script.choose_precision(arguments.device)[0]
     if arguments.measure:
-        measure(arguments.measure, arguments.device, dtype, arguments.part)
+        measure(arguments.measure, arguments.device, dtype, arguments.part, arguments.seed)
     elif arguments.work:
         print_work()
+    elif arguments.without == "":
+        print("\n".join(PARTS))
+    elif arguments.without:
+        compare_parts(arguments)
     elif arguments.seeds:
         compare_seeds(arguments)
     else:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -48,14 +49,46 @@ def test_killed_at_any_moment_the_file_is_the_old_one_or_the_new_one(tmp_path):
     )
 
 
-def test_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path):
-    path = tmp_path / MODEL
-    torch.save({"weight": torch.zeros(3)}, path)
-    another_model = path.read_bytes()
-    script.save(random_model().state_dict(), path)
-    cut_short = path.read_bytes()[:100_000]
-    for content in (another_model, cut_short, b"not a checkpoint", b""):
+ADVICE = re.compile("weights_only|trust|Errno")  # what a user can't act on here, or shouldn't
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"<!DOCTYPE html><html><body>Not found</body></html>", "not a whole file of torch's"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0a", "not a whole file"),
+        (b"", "not a whole file"),
+        ("cut short", "not a whole file"),
+        ({"weight": torch.zeros(3)}, "not a whole file"),
+        ([torch.zeros(3)], "not a whole file"),
+        ("another width", r"size mismatch for blocks\.\d\.conv\d\.weight.* torch\.Size"),
+        ("another net", r'Missing key.* "whiten\.bias"'),
+    ],
+)
+def test_file_that_is_no_checkpoint_is_refused_in_one_line_that_says_why(
+    tmp_path, monkeypatch, content, reason
+):
+    path, state = tmp_path / MODEL, random_model().state_dict()
+    if content == "another width":
+        monkeypatch.setattr(script, "WIDTHS", (8, 32, 32))
+    elif content == "another net":
+        del state["whiten.bias"]
+    script.save(state if isinstance(content, (str, bytes)) else content, path)
+    if content == "cut short":
+        path.write_bytes(path.read_bytes()[:100_000])
+    elif isinstance(content, bytes):
         path.write_bytes(content)
-        with pytest.raises(OSError, match=MODEL) as failure:
-            script.load_model(path)
-        assert len(str(failure.value).splitlines()) == 1
+    with pytest.raises(OSError, match=f"{MODEL} isn't a checkpoint.*{reason}") as failure:
+        script.load_model(path)
+    assert len(str(failure.value).splitlines()) == 1
+    assert not ADVICE.search(str(failure.value))
+
+
+def test_a_link_stays_a_link_and_what_it_points_to_is_replaced(tmp_path):
+    target, link = tmp_path / "disk" / "model.pt", tmp_path / MODEL
+    target.parent.mkdir()
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    script.save(random_model().state_dict(), link)
+    assert link.is_symlink()
+    assert_loads(target)

@@ -1,7 +1,9 @@
 """README and shipped model: what they say is what one gets."""
 
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODEL, ROOT, TESTS, assert_loads
@@ -9,7 +11,7 @@ from PIL import Image
 
 import pytorchpractice as script
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 STATED = re.search(r"test set, 10,000 images: loss ([\d.]+), accuracy ([\d.]+)%", README)
 
@@ -48,18 +50,54 @@ def test_shipped_model_scores_what_the_readme_states(shipped, full_data):
     assert error.abs().sum() / len(labels) <= 0.015
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
-def test_a_picture_of_ones_own_is_classified(shipped, mode, tmp_path, capsys, monkeypatch):
+def classify(shipped, capsys):
+    """Run the README's block on picture.jpg; return the class and the percentage it prints."""
+    exec(BLOCKS[1], shipped)  # noqa: S102 - the README, as it stands
+    name, percentage = re.fullmatch(r"(\w+) (\d+)%\n", capsys.readouterr().out).groups()
+    return name, int(percentage)
+
+
+@pytest.mark.parametrize("kind", ["RGB", "L", "RGBA", "P", "CMYK", "turned", "16 bits", "wide"])
+def test_a_picture_of_ones_own_is_classified(shipped, kind, tmp_path, capsys, monkeypatch):
     """A photograph that isn't from CIFAR-10, in any mode: Stefan van der Walt's Chelsea (CC0)."""
     monkeypatch.chdir(tmp_path)
-    picture = Image.open(TESTS / "cat.jpg").convert(mode)
-    picture.save("picture.jpg", "png" if mode in ("RGBA", "P") else "jpeg")
-    exec(BLOCKS[1], shipped)  # noqa: S102 - the README, as it stands
-    assert re.fullmatch(r"cat \d+%\n", capsys.readouterr().out)
+    cat = Image.open(TESTS / "cat.jpg")
+    cat.save("picture.jpg")
+    expected = classify(shipped, capsys)
+    assert expected[0] == "cat"
+    if kind == "turned":  # as a phone does: the pixels lie on their side, and a tag says so
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        cat.rotate(90, expand=True).save("picture.jpg", exif=exif)
+    elif kind == "16 bits":
+        grey = np.asarray(cat.convert("L")).astype(np.uint16) * 257
+        Image.fromarray(grey).save("picture.jpg", "png")
+        cat.convert("L").save("grey.png")
+    elif kind == "wide":  # with as much again beside it, which isn't the cat
+        wide = Image.new("RGB", (2 * cat.width, cat.height), "grey")
+        wide.paste(cat, (cat.width // 2, 0))
+        wide.save("picture.jpg")
+    else:
+        cat.convert(kind).save("picture.jpg", "png" if kind in ("RGBA", "P") else "jpeg")
+    name, percentage = classify(shipped, capsys)
+    assert name == "cat"
+    if kind in ("RGB", "RGBA", "turned"):
+        assert percentage == pytest.approx(expected[1], abs=5)
+
+
+def test_the_exported_model_predicts_the_same(shipped, sample, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(BLOCKS[2], shipped)  # noqa: S102 - the README, as it stands
+    exported = torch.export.load(*Path().glob("*.pt2")).module()
+    images = script.as_tensors(sample[1])[0][:7] / 255
+    with torch.no_grad():
+        torch.testing.assert_close(exported(images), shipped["model"](images))
+        each = torch.func.vmap(lambda image: shipped["model"](image[None])[0])(images)
+        torch.testing.assert_close(each, shipped["model"](images), rtol=1e-3, atol=1e-3)
 
 
 def test_requirements_are_those_of_the_script():
-    source = (ROOT / "pytorchpractice.py").read_text()
+    source = (ROOT / "pytorchpractice.py").read_text(encoding="utf-8")
     metadata = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", source, re.MULTILINE)[1]
     dependencies = re.search(r"dependencies = \[(.*?)\]", metadata, re.DOTALL)[1]
     stated = set(re.findall(r'"(.*?)"', dependencies))

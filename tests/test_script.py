@@ -1,14 +1,19 @@
 """The script as a program: what it leaves, what it says, and how it ends."""
 
 import errno
+import io
 import itertools
+import math
 import os
 import pkgutil
 import re
 import runpy
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +30,9 @@ import pytorchpractice as script
 GRID = "figures/test_images_pred_actual.png"
 CURVES = ["figures/nnmodel_accuracy.png", "figures/nnmodel_loss.png"]
 ROW = re.compile(  # of the table of epochs
-    r"^ +(?P<epoch>\d+) +[\d.]+ +[\d.]+% +[\d.]+ +[\d.]+% +[\d.]+ *(?P<mark>.*)$", re.MULTILINE
+    r"^ +(?P<epoch>\d+) +[\d.]+ +[\d.]+% +[\d.]+ +[\d.]+% +(?P<seconds>[\d.]+) +(?P<speed>\d+)"
+    r" *(?P<mark>.*)$",
+    re.MULTILINE,
 )
 SCORE = re.compile(r"test set, 200 images: loss (\S+), accuracy (\S+)%")
 
@@ -57,6 +64,7 @@ def finished(tmp_path_factory):
     """Run the script once from an empty folder, output to a pipe; return (folder, output)."""
     folder = tmp_path_factory.mktemp("finished")
     environment = {"HOME": "/nonexistent", "DISPLAY": "", "MPLCONFIGDIR": ""}
+    environment["MPLBACKEND"] = "no such backend"  # a notebook's that isn't installed here, say
     process = start_script(folder, "--epochs", 4, **environment)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
@@ -107,15 +115,39 @@ def test_evaluate_reports_the_same_and_redraws_the_grid_only(finished, run_here,
     assert [path for path in before if (folder / path).read_bytes() != before[path]] == [GRID]
 
 
-def test_shows_a_live_line_on_a_terminal_which_the_row_covers(run_here, monkeypatch):
+def test_a_terminal_shows_how_long_it_will_still_take(run_here, monkeypatch):
+    """A clock that runs by the pixels of each batch makes the estimates exact."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    _, output = run_here("--epochs", 1)
-    *live, row = next(line for line in output.split("\n") if "\r" in line).split("\r")
-    assert [text.split() for text in live if text] == [
-        ["1", "batch", f"{batch}", "of", "10"] for batch in range(1, 11)
-    ]
-    assert ROW.match(row)["mark"] == "saved"
-    assert len(row) >= max(map(len, live))
+    now, per_pixel, epoch = [0.0], 60 / 24**2, script.TrainingBatches.epoch
+    monkeypatch.setattr(script, "SIZES", ((0.5, 24), (1.0, 32)))
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def timed(self, size):
+        for batch in epoch(self, size):
+            now[0] += per_pixel * size**2
+            yield batch
+
+    monkeypatch.setattr(script.TrainingBatches, "epoch", timed)
+    assert script.main(arguments_on_sample("--epochs", 2)) == 0
+    _, output = run_here.read()
+    minutes, text = 10 * (1 + (32 / 24) ** 2), []
+    for number, pace in ((1, 1), (2, (32 / 24) ** 2)):
+        for batch in range(1, 11):
+            minutes -= pace
+            left = math.ceil(round(minutes, 6))
+            text.append(f"epoch {number} of 2, batch {batch} of 10, about {left} min left")
+    rows = [line.split("\r") for line in output.split("\n") if "\r" in line]
+    assert [live.rstrip() for *lives, _ in rows for live in lives] == text
+    for *lives, row in rows:
+        assert ROW.match(row)["mark"] == "saved"
+        assert max(map(len, lives)) <= len(row.partition("saved")[0])
+
+
+def test_a_console_that_ignores_carriage_returns_stays_readable(run_here, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(script, "WIDTHS", (4, 4, 4))
+    assert script.main(arguments_on_sample("--epochs", 1, "--batch-size", 3)) == 0
+    assert 10 <= run_here.read()[1].count("\r") <= 20  # of 180 batches
 
 
 @pytest.mark.parametrize("options", [[], ["--show"]])
@@ -182,14 +214,14 @@ def at_calls(monkeypatch, name, numbers, action):
     """Let something else happen at these calls of a function, counted from 1."""
     function, count = pkgutil.resolve_name(name), itertools.count(1)
 
-    def changed(*arguments):
+    def changed(*arguments, **options):
         chosen = action if next(count) in numbers else function
-        return chosen(*arguments)
+        return chosen(*arguments, **options)
 
     monkeypatch.setattr(name, changed)
 
 
-def nothing(*_):
+def nothing(*_, **__):
     """Do none of what the function would have done."""
 
 
@@ -202,21 +234,22 @@ def half(path, content, write=Path.write_bytes):
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
 )
 @pytest.mark.parametrize(
-    ("name", "call", "done", "left"),
+    ("name", "call", "done", "left"),  # the first time, the earlier model is put in its own place
     [
         ("torch.Tensor.backward", 5, nothing, [MODEL]),  # of ten batches an epoch
         ("torch.Tensor.backward", 15, nothing, [*CURVES, MODEL]),
-        ("pathlib.Path.write_bytes", 1, half, [*CURVES, MODEL]),
-        ("os.replace", 1, nothing, [*CURVES, MODEL]),
-        ("os.replace", 1, os.replace, [*CURVES, MODEL]),
+        ("pathlib.Path.write_bytes", 2, half, [*CURVES, MODEL]),
+        ("os.replace", 2, nothing, [*CURVES, MODEL]),
+        ("os.replace", 2, os.replace, [*CURVES, MODEL]),
+        ("torch.nn.functional.pad", 1, nothing, [*CURVES, MODEL]),  # in eval mode, after training
     ],
-    ids=["first epoch", "second epoch", "amid writing", "before replacing", "after replacing"],
+    ids=["epoch 1", "epoch 2", "amid writing", "before replacing", "after replacing", "at the end"],
 )
 def test_stopped_it_keeps_and_draws_the_best_epoch_if_one_has_ended(
     run_here, in_folder, earlier, monkeypatch, number, code, name, call, done, left
 ):
-    def stop(*arguments):
-        done(*arguments)
+    def stop(*arguments, **options):
+        done(*arguments, **options)
         signal.raise_signal(number)
 
     at_calls(monkeypatch, name, [call], stop)
@@ -254,14 +287,14 @@ def test_full_disk_that_has_room_later_costs_nothing(run_here, in_folder, monkey
     assert files(in_folder) == [*CURVES, GRID, MODEL]
 
 
-@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("first", [2, 3])
 def test_disk_full_to_the_end_keeps_the_file(run_here, in_folder, earlier, monkeypatch, first):
     at_calls(monkeypatch, "pathlib.Path.write_bytes", range(first, 99), no_room)
     output = assert_fails_in_one_line(run_here("--epochs", 2), "[Errno 28] No space left on device")
     assert SCORE.search(output)  # from memory
     assert files(in_folder) == [MODEL]
     assert_loads(in_folder / MODEL)
-    assert ((in_folder / MODEL).read_bytes() == earlier) == (first == 1)
+    assert ((in_folder / MODEL).read_bytes() == earlier) == (first == 2)
 
 
 def test_loss_that_is_not_finite_keeps_the_best_epoch(run_here, in_folder, monkeypatch):
@@ -275,10 +308,102 @@ def test_loss_that_is_not_finite_keeps_the_best_epoch(run_here, in_folder, monke
     assert files(in_folder) == [*CURVES, MODEL]
 
 
-def test_no_checkpoint_to_evaluate_and_an_old_torch_are_one_line(run_here, monkeypatch):
-    assert_fails_in_one_line(run_here("--evaluate"), MODEL)
-    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.2.2"))
-    assert_fails_in_one_line(run_here("--epochs", 1), "needs torch 2.9")
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("os.replace", OSError(errno.EBUSY, "Device or resource busy")),  # a single-file mount
+        ("tempfile.TemporaryFile", PermissionError(errno.EACCES, "Permission denied")),
+        ("pathlib.Path.write_bytes", OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_a_model_that_cannot_be_saved_is_told_before_the_download(
+    run_here, in_folder, earlier, monkeypatch, name, error
+):
+    def fail(*_, **__):
+        raise error
+
+    at_calls(monkeypatch, name, range(1, 99), fail)
+    output = assert_fails_in_one_line(run_here("--epochs", 1), f"[Errno {error.errno}]")
+    assert "data: trying" not in output
+    assert (in_folder / MODEL).read_bytes() == earlier
+    assert files(in_folder) == [MODEL]
+
+
+def test_evaluate_without_a_model_says_so_and_leaves_nothing(run_here, in_folder):
+    assert_fails_in_one_line(run_here("--evaluate"), f"there is no {MODEL} in this folder")
+    assert list(in_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "version", ["2.2.2", "2.8.0+cu128", "2.9.0a0+5228986c39.nv25.09", "2.14.1"]
+)
+def test_an_old_torch_is_refused_by_its_name(run_here, monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
+    old = version < "2.9" and version != "2.14.1"
+    reason = f"needs torch 2.9 or newer, and this is {version}" if old else "there is no"
+    assert_fails_in_one_line(run_here("--evaluate"), reason)
+
+
+# The user's own settings
+
+
+def test_the_figures_are_the_same_whatever_the_users_style(run_here, in_folder):
+    style = {"text.usetex": True, "figure.facecolor": "black", "font.family": ["no such font"]}
+    pictures = []
+    for rc in ({}, style):
+        with matplotlib.rc_context(rc):
+            before = dict(matplotlib.rcParams)
+            code, output = run_here("--epochs", 1)
+            assert dict(matplotlib.rcParams) == before
+        assert code == 0, output
+        pictures.append([(in_folder / name).read_bytes() for name in (*CURVES, GRID)])
+    assert pictures[0] == pictures[1]
+
+
+def test_show_without_its_backend_is_told_before_the_download(tmp_path):
+    run = start_script(tmp_path, "--show", MPLBACKEND="module://no_such_module")
+    output, _ = run.communicate(timeout=60)
+    assert_fails_in_one_line((run.returncode, output), "No module named 'no_such_module'")
+    assert "data: trying" not in output
+
+
+def test_without_an_output_it_trains_in_silence(tmp_path, monkeypatch):
+    command = ["sh", "-c", '"$0" "$@" >&-', sys.executable, TESTS / "run_on_sample.py"]
+    command += arguments_on_sample("--epochs", 1)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("", "")
+    assert files(tmp_path) == [*CURVES, GRID, MODEL]
+
+
+def test_an_encoding_that_lacks_a_character_costs_nothing(monkeypatch, tmp_path):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    shutil.copytree(TESTS / "data", tmp_path / "数据")
+    for folder in (tmp_path / "数据", "\udcff"):  # the latter is no file name in any encoding
+        script.say(f"data: trying {folder}")
+    assert output.buffer.getvalue().splitlines() == [
+        f"data: trying {tmp_path}/\\u6570\\u636e".encode(),
+        b"data: trying \\udcff",
+    ]
+
+
+def test_a_tilde_is_the_home_folder(run_here, tmp_path, monkeypatch):
+    shutil.copytree(TESTS / "data", tmp_path / "datasets")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, output = run_here("--epochs", 1, "--data=~/datasets")
+    assert code == 0, output
+    assert f"data: trying the files in {tmp_path}/datasets" in output
+
+
+def test_stopped_with_the_reader_of_its_output_it_draws_the_curves(tmp_path):
+    """As in `python pytorchpractice.py | tee log`: Ctrl-C stops tee first."""
+    run = start_script(tmp_path, "--epochs", 500, OMP_NUM_THREADS="1")
+    while not ROW.match(run.stdout.readline()):
+        assert run.poll() is None
+    run.stdout.close()
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=60) == 130
+    assert files(tmp_path) == [*CURVES, MODEL]
 
 
 # Imported, or run in a notebook
@@ -297,14 +422,69 @@ def test_importing_the_script_does_nothing(in_folder, capsys):
     assert files(in_folder) == []
 
 
-def test_in_a_notebook_it_works_and_changes_nothing_there(run_here, monkeypatch):
-    """A notebook's sys.stdout can write, and little else."""
-    handlers_before, written = handlers(), []
+def test_in_a_notebook_it_works_and_changes_nothing_there(run_here, in_folder, monkeypatch):
+    """A notebook's sys.stdout can write, and little else; its sys.argv is the kernel's."""
+    handlers_before, style, written = handlers(), dict(matplotlib.rcParams), []
     notebook = SimpleNamespace(write=written.append, flush=nothing, isatty=lambda: False)
-    monkeypatch.setattr(sys, "stdout", notebook)
-    assert script.main(arguments_on_sample("--epochs", 1)) == 0
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setattr(script, "EPOCHS", 1)
+    monkeypatch.setattr(script, "BATCH_SIZE", 50)
+    shutil.copytree(TESTS / "data", in_folder / "data")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", notebook)
+        assert script.main() == 0
     assert SCORE.search("".join(written))
     code, output = run_here("--evaluate")  # as %run does
     assert code == 0, output
     assert handlers() == handlers_before
+    assert dict(matplotlib.rcParams) == style
     assert matplotlib.get_backend() == "svg"  # as conftest.py chose
+    assert socket.getdefaulttimeout() is None
+    assert torch.backends.cudnn.allow_tf32 in (True, False)  # it raises where settings are mixed
+
+
+# Changed, as the README says
+
+
+class Brighter(script.TrainingBatches):
+    """Another augmentation."""
+
+    def epoch(self, size):
+        for images, labels in super().epoch(size):
+            yield images * (0.8 + 0.4 * torch.rand(len(images), 1, 1, 1)), labels
+
+
+def adam(model, batch_size, steps, dtype):
+    """Another optimizer, for all parameters."""
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)]
+
+
+def hundred_classes(root, load_cifar10=script.load_cifar10):
+    """CIFAR-100's shape: the sample with other labels."""
+    train_set, test_set = load_cifar10(root)
+    for dataset in (train_set, test_set):
+        dataset.classes = [f"class {i}" for i in range(100)]
+        dataset.targets = [(10 * label + i) % 100 for i, label in enumerate(dataset.targets)]
+    return train_set, test_set
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WIDTHS", (96, 256, 384)),
+        ("TrainingBatches", Brighter),
+        ("make_optimizers", adam),
+        ("load_cifar10", hundred_classes),
+    ],
+)
+def test_a_change_has_one_place(run_here, in_folder, monkeypatch, name, value):
+    monkeypatch.setattr(script, name, value)
+    assert script.main(arguments_on_sample("--epochs", 1)) == 0
+    _, trained = run_here.read()
+    assert files(in_folder) == [*CURVES, GRID, MODEL]
+    assert script.main(arguments_on_sample("--evaluate")) == 0
+    _, evaluated = run_here.read()
+    assert SCORE.search(evaluated)[0] == SCORE.search(trained)[0]
+    rows = re.findall(r"^  \w.* [\d.na]+%$", evaluated, re.MULTILINE)
+    assert len(rows) == (100 if name == "load_cifar10" else 10)

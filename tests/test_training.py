@@ -1,5 +1,7 @@
 """Optimizers and training: it learns, repeatably, saves the best, and its numbers are right."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,17 +17,22 @@ def narrow(monkeypatch):
 
 
 def equal(state, other):
-    return all(torch.equal(tensor, other[name]) for name, tensor in state.items())
+    """Tell whether the weights are equal; the temperature is fitted after them."""
+    names = state.keys() - {"temperature"}
+    return all(torch.equal(state[name], other[name]) for name in names)
 
 
-def test_orthogonalize_is_newton_schulz_on_the_matrix_itself():
+def test_orthogonalize_keeps_the_singular_vectors_and_evens_the_values():
     torch.manual_seed(0)
     matrix = torch.randn(20, 50, dtype=torch.float64)
-    matrix = expected = matrix / matrix.norm()
-    for _ in range(3):
-        gram = expected @ expected.T
-        expected = 3.4445 * expected + (-4.775 * gram + 2.0315 * gram @ gram) @ expected
-    torch.testing.assert_close(script.orthogonalize(matrix), expected, rtol=1e-6, atol=1e-6)
+    u, values, v = torch.linalg.svd(matrix / matrix.norm(), full_matrices=False)
+    expected = values
+    for _ in range(3):  # the quintic polynomial of Newton and Schulz's iteration
+        expected = 3.4445 * expected - 4.775 * expected**3 + 2.0315 * expected**5
+    result = script.orthogonalize(matrix / matrix.norm())
+    torch.testing.assert_close(result, u @ expected.diag() @ v)
+    assert values.max() / values.min() > 3
+    assert expected.max() / expected.min() < 2
 
 
 def test_every_trained_parameter_is_in_one_optimizer():
@@ -107,6 +114,46 @@ def test_the_saved_weights_are_an_average_over_the_last_steps(sample, in_folder,
         for state in states[1 : (best_epoch + 1) * steps]:
             average = average.lerp(state[name], 1 / (1 + script.AVERAGED_EPOCHS * steps))
         torch.testing.assert_close(history.best_state[name], average)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "sizes"), [(1, [24]), (2, [24, 32]), (10, [16] * 2 + [24] * 4 + [32] * 4)]
+)
+def test_the_size_of_an_epochs_images_follows_its_middle(
+    sample, in_folder, monkeypatch, epochs, sizes
+):
+    seen, epoch = [], script.TrainingBatches.epoch
+
+    def recorded(self, size):
+        seen.append(size)
+        return itertools.islice(epoch(self, size), 1)
+
+    monkeypatch.setattr(script.TrainingBatches, "epoch", recorded)
+    train(sample[0], epochs=epochs)
+    assert seen == sizes
+
+
+def test_fit_temperature_finds_what_the_logits_were_multiplied_by():
+    torch.manual_seed(0)
+    true = 3 * torch.randn(20_000, 10)
+    labels = true.softmax(1).multinomial(1).squeeze(1)
+    for factor in (0.7, 1.0, 1.5):
+        assert script.fit_temperature(factor * true, labels) == pytest.approx(factor, abs=0.05)
+
+
+def test_the_saved_temperature_is_that_of_the_saved_epoch(sample, in_folder):
+    """It is fitted on one look at the validation images."""
+    model, batches, validation = script.set_up_training(sample[0], 0, 30, "cpu")
+    history = script.History()
+    script.train(model, batches, validation, history, epochs=2, device="cpu", dtype=torch.float32)
+    saved = script.load_model(script.MODEL_PATH)
+    assert saved.temperature != 1
+    logits, _, _ = script.evaluate(saved.look, *validation, "cpu")
+    loss, *others = (
+        F.cross_entropy(logits / (saved.temperature * factor), validation[1])
+        for factor in (1, 0.9, 1.1)
+    )
+    assert loss < min(others)
 
 
 def test_the_first_layer_learns_in_the_first_epochs_only(sample, in_folder, states, monkeypatch):
