@@ -53,12 +53,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10, VisionDataset
 from torchvision.transforms.v2.functional import resize
 
-with mock.patch.dict(os.environ, MPLBACKEND=""):  # a backend that isn't installed would stop it,
-    import matplotlib  # though only --show needs one
+if "matplotlib" not in sys.modules:  # its import fails if MPLBACKEND names what isn't installed,
+    with mock.patch.dict(os.environ, MPLBACKEND=""):  # though only --show needs a backend
+        import matplotlib
+    with contextlib.suppress(KeyError, ValueError):
+        matplotlib.rcParams["backend"] = os.environ["MPLBACKEND"]
+import matplotlib
 from matplotlib import figure, image, ticker
-
-with contextlib.suppress(KeyError, ValueError):
-    matplotlib.rcParams["backend"] = os.environ["MPLBACKEND"]
 
 # Settings -----------------------------------------------------------------------------------------
 

@@ -422,6 +422,22 @@ def test_importing_the_script_does_nothing(in_folder, capsys):
     assert files(in_folder) == []
 
 
+@pytest.mark.parametrize(
+    ("first", "variable", "backend"),
+    [
+        ("", "svg", "svg"),
+        ("import matplotlib; matplotlib.use('pdf')", "svg", "pdf"),
+        ("", "no such backend", "agg"),
+    ],
+)
+def test_importing_the_script_leaves_matplotlibs_backend_to_the_user(first, variable, backend):
+    code = f"{first}\nimport pytorchpractice\nimport matplotlib\nprint(matplotlib.get_backend())"
+    environment = {**os.environ, "MPLBACKEND": variable, "DISPLAY": ""}
+    command = [sys.executable, "-c", code]
+    printed = subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
+    assert printed.strip() == backend
+
+
 def test_in_a_notebook_it_works_and_changes_nothing_there(run_here, in_folder, monkeypatch):
     """A notebook's sys.stdout can write, and little else; its sys.argv is the kernel's."""
     handlers_before, style, written = handlers(), dict(matplotlib.rcParams), []
