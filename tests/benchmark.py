@@ -126,10 +126,9 @@ def square(kernels):
     """Return conv_norm with 3x3 convolutions in place of those of these kernels."""
 
     def changed(channels_in, channels_out, kernel, padding, conv_norm=script.conv_norm):
-        change = {"kernel": 3, "padding": 1} if kernel in kernels else {}
-        return conv_norm(
-            channels_in, channels_out, **{"kernel": kernel, "padding": padding} | change
-        )
+        if kernel in kernels:
+            kernel, padding = 3, 1
+        return conv_norm(channels_in, channels_out, kernel, padding)
 
     return changed
 
@@ -165,7 +164,8 @@ class DrawnMirror(script.TrainingBatches):
 def sgd(convolutions, _):
     """Return SGD in place of Muon; of the rates 0.0005, 0.001, 0.002 and 0.004, its best."""
     rate, decay = 0.001, script.WEIGHT_DECAY * script.BATCH_SIZE
-    return torch.optim.SGD(convolutions, rate, 0.85, nesterov=True, weight_decay=decay / rate)
+    momentum = {"momentum": script.MOMENTUM, "nesterov": True}
+    return torch.optim.SGD(convolutions, rate, weight_decay=decay / rate, **momentum)
 
 
 class MuonAlone(script.Muon):

@@ -102,5 +102,5 @@ def run_here(expect_sample, in_folder, monkeypatch, capsys):
         code, output = stop.value.code, "".join(capsys.readouterr())
         return (1, f"{output}{code}\n") if isinstance(code, str) else (code, output)
 
-    run.read = lambda: (None, "".join(capsys.readouterr()))
+    run.read = lambda: "".join(capsys.readouterr())
     return run

@@ -129,7 +129,7 @@ def test_a_terminal_shows_how_long_it_will_still_take(run_here, monkeypatch):
 
     monkeypatch.setattr(script.TrainingBatches, "epoch", timed)
     assert script.main(arguments_on_sample("--epochs", 2)) == 0
-    _, output = run_here.read()
+    output = run_here.read()
     minutes, text = 10 * (1 + (32 / 24) ** 2), []
     for number, pace in ((1, 1), (2, (32 / 24) ** 2)):
         for batch in range(1, 11):
@@ -147,7 +147,7 @@ def test_a_console_that_ignores_carriage_returns_stays_readable(run_here, monkey
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(script, "WIDTHS", (4, 4, 4))
     assert script.main(arguments_on_sample("--epochs", 1, "--batch-size", 3)) == 0
-    assert 10 <= run_here.read()[1].count("\r") <= 20  # of 180 batches
+    assert 10 <= run_here.read().count("\r") <= 20  # of 180 batches
 
 
 @pytest.mark.parametrize("options", [[], ["--show"]])
@@ -367,7 +367,7 @@ def test_show_without_its_backend_is_told_before_the_download(tmp_path):
     assert "data: trying" not in output
 
 
-def test_without_an_output_it_trains_in_silence(tmp_path, monkeypatch):
+def test_without_an_output_it_trains_in_silence(tmp_path):
     command = ["sh", "-c", '"$0" "$@" >&-', sys.executable, TESTS / "run_on_sample.py"]
     command += arguments_on_sample("--epochs", 1)
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -497,10 +497,10 @@ def hundred_classes(root, load_cifar10=script.load_cifar10):
 def test_a_change_has_one_place(run_here, in_folder, monkeypatch, name, value):
     monkeypatch.setattr(script, name, value)
     assert script.main(arguments_on_sample("--epochs", 1)) == 0
-    _, trained = run_here.read()
+    trained = run_here.read()
     assert files(in_folder) == [*CURVES, GRID, MODEL]
     assert script.main(arguments_on_sample("--evaluate")) == 0
-    _, evaluated = run_here.read()
+    evaluated = run_here.read()
     assert SCORE.search(evaluated)[0] == SCORE.search(trained)[0]
     rows = re.findall(r"^  \w.* [\d.na]+%$", evaluated, re.MULTILINE)
     assert len(rows) == (100 if name == "load_cifar10" else 10)
