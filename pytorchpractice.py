@@ -13,8 +13,8 @@ figures/, the loss of every epoch, the accuracy of every batch and a grid of pre
 The checkpoint and figures that come with it were made in 10.5 minutes on two cores of an AMD EPYC
 with AVX-512 BF16, by Python 3.11.7 and torch 2.14.1 on Linux. That run's report began and ended so:
 
-    test set, 10,000 images: loss 0.1934, accuracy 93.79%, mean confidence 94.32%
-    best batch of 250: 97.20%
+    test set, 10,000 images: loss 0.1886, accuracy 94.05%, mean confidence 94.23%
+    best batch of 250: 96.00%
     ...
     total time 632 s
 """
@@ -59,10 +59,9 @@ if "matplotlib" not in sys.modules:  # its import fails if MPLBACKEND names what
     with contextlib.suppress(KeyError, ValueError):
         matplotlib.rcParams["backend"] = os.environ["MPLBACKEND"]
 import matplotlib
-from matplotlib import figure, image, ticker
+from matplotlib import figure, image, style, ticker
 
 # Settings -----------------------------------------------------------------------------------------
-
 MODEL_PATH = Path("nnmodel_cifar10.pt")
 FIGURES = Path("figures")
 
@@ -130,8 +129,7 @@ class CIFARNet(nn.Module):
         x = (images - self.mean) / self.std  # (N, 3, 32, 32), or smaller in training
         x = F.gelu(self.whiten(x))  # (N, 24, 31, 31)
         x = self.blocks(x)  # (N, 64, 15, 15), (N, 224, 7, 7), (N, 448, 3, 3)
-        # The maximum tells whether a feature is anywhere, the mean how much of it there is.
-        x = x.amax((2, 3)) + x.mean((2, 3))  # (N, 448)
+        x = x.amax((2, 3)) + x.mean((2, 3))  # (N, 448): pooled once more, as in the blocks
         # Divided by the width, logits start near 0, all classes as likely, at a HEAD_LR near 1.
         return self.head(x) / x.shape[1]  # (N, n_classes)
 
@@ -158,11 +156,13 @@ class Block(nn.Module):
         self.norm3.weight.requires_grad_(True)  # how much each channel of the branch adds is learnt
 
     def forward(self, x):
-        x = F.max_pool2d(self.conv1(x), 2)
-        x = F.gelu(self.norm1(x))  # GELU, since ReLU stops learning wherever it gives 0
-        y = F.gelu(self.norm2(self.conv2(x)))
+        x = self.conv1(x)
+        # The maximum tells whether a feature is anywhere, the mean how much of it there is.
+        x = F.max_pool2d(x, 2) + F.avg_pool2d(x, 2)
+        x = F.silu(self.norm1(x))  # SiLU: of negative values, ReLU learns nothing, GELU less
+        y = F.silu(self.norm2(self.conv2(x)))
         y = self.norm3(self.conv3(y))
-        return F.gelu(x + y)  # added to x, the branch need only learn what x lacks
+        return F.silu(x + y)  # added to x, the branch need only learn what x lacks
 
 
 def conv_norm(channels_in, channels_out, kernel, padding):
@@ -259,23 +259,20 @@ def make_optimizers(model, batch_size, steps, dtype):
     convolutions = [p for p in trained if p.ndim == 4]
     vectors = [p for p in trained if p.ndim == 1]
     decay = WEIGHT_DECAY * batch_size  # divided by the rate, since SGD multiplies it by the rate
-    groups = [
-        {"params": vectors, "lr": BIAS_LR, "weight_decay": decay / BIAS_LR},
-        {"params": [model.head.weight], "lr": HEAD_LR, "weight_decay": decay / HEAD_LR},
-    ]
+    biases = {"params": vectors, "lr": BIAS_LR, "weight_decay": decay / BIAS_LR}
+    head = {"params": [model.head.weight], "lr": HEAD_LR, "weight_decay": decay / HEAD_LR}
     on_gpu = model.head.weight.device.type in ("cuda", "mps")
     muon = Muon(convolutions, {"lr": MUON_LR, "momentum": MOMENTUM, "dtype": dtype})
-    sgd = torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=True, fused=on_gpu)
-    optimizers = [muon, sgd]
-    schedulers = [torch.optim.lr_scheduler.LinearLR(o, 1, FINAL_RATE, steps) for o in optimizers]
-    return optimizers, schedulers
+    sgd = torch.optim.SGD([biases, head], momentum=MOMENTUM, nesterov=True, fused=on_gpu)
+    schedulers = [torch.optim.lr_scheduler.LinearLR(o, 1, FINAL_RATE, steps) for o in (muon, sgd)]
+    return [muon, sgd], schedulers
 
 
 # Training -----------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(function, images, labels, device):
     """Return (logits, cross-entropy, accuracy) over all of the images, uint8 (N, 3, 32, 32)."""
-    batches = (batch.to(device).float() / 255 for batch in images.split(250))
+    batches = (batch.to(device).float() / 255 for batch in images.split(128))
     logits = torch.cat([function(batch).float().cpu() for batch in batches])
     accuracy = (logits.argmax(1) == labels).float().mean().item()
     return logits, F.cross_entropy(logits, labels).item(), accuracy
@@ -288,8 +285,7 @@ def fit_temperature(logits, labels):
     learnt. Fitted on one look at the validation images, it serves for the mean of four as well.
     """
     temperatures = torch.linspace(0.2, 2, 181)
-    losses = [F.cross_entropy(logits / temperature, labels) for temperature in temperatures]
-    return temperatures[torch.stack(losses).argmin()]
+    return min(temperatures, key=lambda t: F.cross_entropy(logits / t, labels))
 
 
 @dataclass
@@ -481,10 +477,9 @@ def choose_precision(device):
         return torch.float16, "this GPU has no bfloat16"
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     has_bfloat16 = any(features.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    # oneDNN is what computes in it; a Mac's torch lacks it.
-    if not has_bfloat16 or not torch.backends.mkldnn.is_available():
-        return torch.float32, "bfloat16 would be emulated, many times slower"
-    return torch.bfloat16, "the hardware computes in it"
+    if has_bfloat16 and torch.backends.mkldnn.is_available():  # oneDNN, which a Mac's torch lacks
+        return torch.bfloat16, "the hardware computes in it"
+    return torch.float32, "bfloat16 would be emulated, many times slower"
 
 
 # Checkpoint ---------------------------------------------------------------------------------------
@@ -522,7 +517,6 @@ def load_model(path):
 
 
 # Figures ------------------------------------------------------------------------------------------
-
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, safe for the colour-blind
 
 
@@ -569,10 +563,10 @@ def plot_predictions(fig, images, logits, labels, classes):
         ax.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
         wrong = predictions[i] != labels[i]
         color, mark, width = (ORANGE, "✗ ", 4) if wrong else ("black", "", 0.5)
-        style = {"color": color, "weight": "bold" if wrong else "normal"}
+        font = {"color": color, "weight": "bold" if wrong else "normal"}
         title = f"{mark}{classes[predictions[i]]}\n{probabilities[i]:.0%}"
-        ax.set_title(title, size="medium", **style)
-        ax.set_xlabel(classes[labels[i]], **style)
+        ax.set_title(title, size="medium", **font)
+        ax.set_xlabel(classes[labels[i]], **font)
         ax.spines[:].set(color=color, linewidth=width)
     fig.suptitle("Above: predicted class and its probability. Below: actual class. ✗: wrong.")
 
@@ -622,7 +616,7 @@ def report(logits, loss, labels, classes, batch_size):
     """Print loss and accuracy on the test set: over all of it, in the best batch, and by class."""
     hits = (logits.argmax(1) == labels).float()
     size = min(batch_size, len(hits))
-    best_batch = max(hits[i : i + size].mean() for i in range(0, len(hits) - size + 1, size))
+    best_batch = hits.unfold(0, size, size).mean(1).max()
     overall = f"accuracy {hits.mean():.2%}, mean confidence {logits.softmax(1).amax(1).mean():.2%}"
     say(f"\ntest set, {len(labels):,} images: loss {loss:.4f}, {overall}")
     say(f"best batch of {size}: {best_batch:.2%}")
@@ -680,8 +674,7 @@ def main(argv=()):
         say("\nstopped")
 
     def draw(name, plot, *data):
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()  # whatever the user's own style is
+        with style.context("default"):  # whatever the user's own style is
             fig = new_figure(figsize=(7, 4), layout="constrained")
             plot(fig, *data)
             fig.savefig(FIGURES / name, dpi=150)

@@ -141,16 +141,17 @@ class BlockWithoutBranch(script.Block):
         del self.conv2, self.norm2, self.conv3, self.norm3
 
     def forward(self, x):
-        return F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        x = self.conv1(x)
+        return F.silu(self.norm1(F.max_pool2d(x, 2) + F.avg_pool2d(x, 2)))
 
 
 class BlockWithoutSkip(script.Block):
     """The branch's output alone, without what it is added to."""
 
     def forward(self, x):
-        x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
-        y = F.gelu(self.norm2(self.conv2(x)))
-        return F.gelu(self.norm3(self.conv3(y)))
+        x = BlockWithoutBranch.forward(self, x)
+        y = F.silu(self.norm2(self.conv2(x)))
+        return F.silu(self.norm3(self.conv3(y)))
 
 
 class DrawnMirror(script.TrainingBatches):
@@ -190,10 +191,11 @@ PARTS = {  # of the recipe: (object, attribute) and what stands there in a run w
     "first-layer bias": ((script, "FIRST_LAYER_PORTION"), 0),
     "identity start": ((nn.init, "dirac_"), lambda weight: weight),
     "frozen scale": ((script, "conv_norm"), learnt_scales),
-    "GELU": ((F, "gelu"), F.relu),
+    "SiLU": ((F, "silu"), F.relu),
     "residual branch": ((script, "Block"), BlockWithoutBranch),
     "skip connection": ((script, "Block"), BlockWithoutSkip),
-    "maximum beside mean": ((torch.Tensor, "amax"), lambda x, dims: 0),
+    "maximum at the end": ((torch.Tensor, "amax"), lambda x, dims: 0),
+    "mean in the blocks": ((F, "avg_pool2d"), lambda x, size: 0),
     "2x2 convolution": ((script, "conv_norm"), square([2])),
     "column and row": ((script, "conv_norm"), square([(3, 1), (1, 3)])),
     "Muon": ((script, "Muon"), sgd),
