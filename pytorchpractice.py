@@ -127,6 +127,7 @@ class CIFARNet(nn.Module):
     def look(self, images):
         """Return the logits of one look, uncalibrated, as in training and validation."""
         x = (images - self.mean) / self.std  # (N, 3, 32, 32), or smaller in training
+        # GELU, not the blocks' SiLU: what it cuts off, the filter of the other sign lets through.
         x = F.gelu(self.whiten(x))  # (N, 24, 31, 31)
         x = self.blocks(x)  # (N, 64, 15, 15), (N, 224, 7, 7), (N, 448, 3, 3)
         x = x.amax((2, 3)) + x.mean((2, 3))  # (N, 448): pooled once more, as in the blocks
