@@ -68,8 +68,8 @@ FIGURES = Path("figures")
 EPOCHS = 10
 BATCH_SIZE = 250  # images a step; with 500, and MUON_LR 0.064, it learns nearly as well
 WIDTHS = (64, 224, 448)  # channels of the three blocks; wider is better and slower
-# Until 0.2 of the run, images are 16 pixels wide, and so on: enough for the coarse shapes that a
-# net learns first, and cheap. In the net, multiples of 8 halve evenly.
+# Epochs whose middle is in the first 0.2 of the run have images 16 pixels wide, and so on: enough
+# for the coarse shapes that a net learns first, and cheap. Multiples of 8 halve evenly (see Block).
 SIZES = ((0.2, 16), (0.6, 24), (1.0, 32))
 MAX_SHIFT = 2  # pixels of 32, by which a training image is shifted at most
 LABEL_SMOOTHING = 0.1  # of the target's probability, spread over all classes
@@ -77,7 +77,7 @@ FIRST_LAYER_PORTION = 0.3  # of the run, in which the first layer's bias learns
 AVERAGED_EPOCHS = 0.5  # the weights kept are an average over about this many of the last epochs
 
 MUON_LR = 0.045  # of the convolutions; try 0.03 to 0.06
-BIAS_LR = 0.053  # of BatchNorm's biases and scales and the first layer's bias; try 0.035 to 0.08
+BIAS_LR = 0.053  # of all biases and the branches' scales; try 0.035 to 0.08
 HEAD_LR = 0.67  # of the last linear layer; try 0.45 to 1
 MOMENTUM = 0.85  # of both optimizers
 WEIGHT_DECAY = 2e-6  # of all that SGD trains, for each image of a batch
@@ -130,8 +130,9 @@ class CIFARNet(nn.Module):
         # GELU, not the blocks' SiLU: what it cuts off, the filter of the other sign lets through.
         x = F.gelu(self.whiten(x))  # (N, 24, 31, 31)
         x = self.blocks(x)  # (N, 64, 15, 15), (N, 224, 7, 7), (N, 448, 3, 3)
-        x = x.amax((2, 3)) + x.mean((2, 3))  # (N, 448): pooled once more, as in the blocks
-        # Divided by the width, logits start near 0, all classes as likely, at a HEAD_LR near 1.
+        # The maximum tells whether a feature is anywhere, the mean how much of it there is.
+        x = x.amax((2, 3)) + x.mean((2, 3))  # (N, 448)
+        # Divided by the width, logits start near 0, all classes as likely, and HEAD_LR is near 1.
         return self.head(x) / x.shape[1]  # (N, n_classes)
 
     def forward(self, images):
@@ -148,18 +149,17 @@ class Block(nn.Module):
 
     def __init__(self, channels_in, channels_out):
         super().__init__()
-        # Max-pooling follows, so that a 2x2 kernel, too, sees 3x3 pixels. Unpadded, it takes off a
-        # row and a column: of 31, 15 and 7 pixels it leaves 30, 14 and 6, which halve evenly.
+        # With the pooling that follows, a 2x2 kernel sees 3x3 pixels. Unpadded, it takes off a row
+        # and a column: of 31, 15 and 7 pixels it leaves 30, 14 and 6, which halve evenly.
         self.conv1, self.norm1 = conv_norm(channels_in, channels_out, 2, "valid")
         # A column and then a row see 3x3 pixels, by 6 products where a square kernel takes 9.
         self.conv2, self.norm2 = conv_norm(channels_out, channels_out, (3, 1), "same")
         self.conv3, self.norm3 = conv_norm(channels_out, channels_out, (1, 3), "same")
-        self.norm3.weight.requires_grad_(True)  # how much each channel of the branch adds is learnt
+        self.norm3.weight.requires_grad_(True)  # unlike the others', learnt: what the branch adds
 
     def forward(self, x):
         x = self.conv1(x)
-        # The maximum tells whether a feature is anywhere, the mean how much of it there is.
-        x = F.max_pool2d(x, 2) + F.avg_pool2d(x, 2)
+        x = F.max_pool2d(x, 2) + F.avg_pool2d(x, 2)  # maximum and mean again, of 2x2 pixels
         x = F.silu(self.norm1(x))  # SiLU: of negative values, ReLU learns nothing, GELU less
         y = F.silu(self.norm2(self.conv2(x)))
         y = self.norm3(self.conv3(y))
@@ -167,7 +167,7 @@ class Block(nn.Module):
 
 
 def conv_norm(channels_in, channels_out, kernel, padding):
-    """Return a convolution without bias and the BatchNorm that follows it."""
+    """Return a convolution without bias and the BatchNorm to use after it."""
     conv = nn.Conv2d(channels_in, channels_out, kernel, padding=padding, bias=False)
     # Its first outputs start as copies of its inputs, the others at random: so an untrained net
     # passes the image on to its end, and no layer has to wait until those before it have learnt.
@@ -234,7 +234,7 @@ class Muon(torch.optim.Optimizer):
 
     As a matrix, one row an output, a gradient lies mostly in the few directions that matter to many
     images. Made orthogonal, a step goes as far in the others, so that rare features are learnt as
-    soon. It is computed in `dtype`: bfloat16 is exact enough.
+    soon. The step is computed in `dtype`: bfloat16 is exact enough.
     """
 
     @torch.no_grad()
@@ -259,7 +259,7 @@ def make_optimizers(model, batch_size, steps, dtype):
     trained = [p for p in model.parameters() if p.requires_grad]
     convolutions = [p for p in trained if p.ndim == 4]
     vectors = [p for p in trained if p.ndim == 1]
-    decay = WEIGHT_DECAY * batch_size  # divided by the rate, since SGD multiplies it by the rate
+    decay = WEIGHT_DECAY * batch_size  # below divided by each rate, since SGD multiplies by it
     biases = {"params": vectors, "lr": BIAS_LR, "weight_decay": decay / BIAS_LR}
     head = {"params": [model.head.weight], "lr": HEAD_LR, "weight_decay": decay / HEAD_LR}
     on_gpu = model.head.weight.device.type in ("cuda", "mps")
@@ -272,7 +272,7 @@ def make_optimizers(model, batch_size, steps, dtype):
 # Training -----------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(function, images, labels, device):
-    """Return (logits, cross-entropy, accuracy) over all of the images, uint8 (N, 3, 32, 32)."""
+    """Return a model's or look's (logits, cross-entropy, accuracy) on uint8 (N, 3, 32, 32)."""
     batches = (batch.to(device).float() / 255 for batch in images.split(128))
     logits = torch.cat([function(batch).float().cpu() for batch in batches])
     accuracy = (logits.argmax(1) == labels).float().mean().item()
@@ -314,7 +314,7 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
     decay = 1 - 1 / (1 + AVERAGED_EPOCHS * steps)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     # Records stay on the device until the epoch ends, since reading them makes a GPU wait. (So does
-    # AveragedModel at each step, which keeps down the memory that MPS holds.)
+    # AveragedModel's counter at each step, which keeps down the memory that MPS holds.)
     batch_loss = torch.zeros(steps, device=device)
     history.batch_accuracy = torch.full((epochs, steps), torch.nan, device=device)
     middles = [(epoch + 0.5) / epochs for epoch in range(epochs)]  # of each epoch, in the run

@@ -100,12 +100,18 @@ def train_script(train_set, device, dtype, kind):
     script.SIZES = ((1.0, size),)
     script.FIRST_LAYER_PORTION = float(first_layer_learns)
     setup = script.set_up_training(train_set, 0, script.BATCH_SIZE, device)
+    return train_aside(setup, script.History(), epochs=1, device=device, dtype=dtype)
+
+
+def train_aside(setup, history, **options):
+    """Train as the script does, but leave no model; return the seconds."""
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         start = time.perf_counter()
-        script.train(*setup, script.History(), epochs=1, device=device, dtype=dtype)
+        script.train(*setup, history, **options)
+        seconds = time.perf_counter() - start
         os.chdir(ROOT)
-    return time.perf_counter() - start
+    return seconds
 
 
 def learnt_first_layer(model, images, whiten=script.CIFARNet.init_whiten):
@@ -219,15 +225,12 @@ def train_without(part, seed, train_set, device, dtype):
     if part != "nothing":
         (place, attribute), replacement = PARTS[part]
         setattr(place, attribute, replacement)
-    model, *data = script.set_up_training(train_set, seed, script.BATCH_SIZE, device)
-    history, start = script.History(), time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        script.train(model, *data, history, epochs=script.EPOCHS, device=device, dtype=dtype)
-        os.chdir(ROOT)
-    seconds = time.perf_counter() - start
+    setup = script.set_up_training(train_set, seed, script.BATCH_SIZE, device)
+    model, _, validation = setup
+    history = script.History()
+    seconds = train_aside(setup, history, epochs=script.EPOCHS, device=device, dtype=dtype)
     model.load_state_dict(history.best_state)
-    _, loss, accuracy = script.evaluate(model.eval(), *data[1], device)
+    _, loss, accuracy = script.evaluate(model.eval(), *validation, device)
     return {"accuracy": accuracy, "loss": loss, "seconds": seconds}
 
 
@@ -348,9 +351,8 @@ def compare_parts(arguments):
     parts = PARTS if arguments.without == "all" else [arguments.without]
     seeds = range(arguments.seeds or 2)
     whole = [child(arguments, "without nothing", seed) for seed in seeds]
-    print(
-        "| without | validation accuracy | difference | loss | time |\n| --- | --- | --- | --- | --- |"
-    )
+    print("| without | validation accuracy | difference | loss | time |")
+    print("| --- | --- | --- | --- | --- |")
     print(row_of("nothing", whole, whole), flush=True)
     for part in parts:
         runs = [child(arguments, f"without {part}", seed) for seed in seeds]
