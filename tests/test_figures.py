@@ -1,5 +1,7 @@
 """Figures: what is drawn is what was recorded."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ def draw(plot, *data):
 
 
 def test_loss_figure_shows_both_losses_and_marks_the_kept_epoch():
-    [ax] = draw(script.plot_loss, script.History([2.0, 1.5, 1.0], [1.9, 1.2, 1.4]))
+    [ax] = draw(script.plot_loss, [(2.0, 1.9), (1.5, 1.2), (1.0, 1.4)])
     training, validation, mark = ax.lines
     assert list(training.get_xdata()) == list(validation.get_xdata()) == [1, 2, 3]
     assert list(training.get_ydata()) == [2.0, 1.5, 1.0]
@@ -26,16 +28,36 @@ def test_loss_figure_shows_both_losses_and_marks_the_kept_epoch():
     assert all(tick == int(tick) for tick in ax.get_xticks())
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 10, 100])
+def test_loss_figure_of_any_length_has_whole_epochs_and_a_label_inside(epochs):
+    [ax] = draw(script.plot_loss, [(2 / epoch, 2 / epoch) for epoch in range(1, epochs + 1)])
+    left, right = ax.get_xlim()
+    ticks = [tick for tick in ax.get_xticks() if left <= tick <= right]
+    assert ticks
+    assert all(tick == int(tick) for tick in ticks)
+    [label] = ax.texts
+    box, frame = label.get_window_extent(), ax.get_window_extent()
+    assert frame.x0 < box.x0 < box.x1 < frame.x1
+    assert label.get_text() == f"saved: epoch {epochs}"
+
+
 def test_accuracy_figure_shows_every_batch_that_was_run():
-    """A run that was stopped leaves NaN for the batches that it hasn't run."""
-    recorded = np.array([[0.1, 0.2], [0.3, np.nan], [np.nan, np.nan]])
-    [ax] = draw(script.plot_accuracy, recorded)
+    [ax] = draw(script.plot_accuracy, [torch.tensor([0.1, 0.2]), torch.tensor([0.3, 0.5])])
     batches, *starts = ax.lines
-    np.testing.assert_allclose(batches.get_ydata(), [0.1, 0.2, 0.3])
+    np.testing.assert_allclose(batches.get_ydata(), [0.1, 0.2, 0.3, 0.5])
     assert [line.get_xdata()[0] for line in starts] == [0, 2]
     means = [collection.get_segments()[0][0][1] for collection in ax.collections]
-    assert means == pytest.approx([0.15, 0.3])
+    assert means == pytest.approx([0.15, 0.4])
     assert [text.get_text() for text in ax.texts] == ["E1", "E2"]
+
+
+@pytest.mark.parametrize("epochs", [1, 10, 16, 60, 100, 2000])
+def test_accuracy_figure_of_any_length_has_labels_that_do_not_touch(epochs):
+    [ax] = draw(script.plot_accuracy, list(torch.rand(epochs, 3)))
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert 1 <= len(boxes) <= 20
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    assert len(ax.collections) == epochs  # a mean each
 
 
 def test_grid_tells_right_from_wrong_in_true_colours():

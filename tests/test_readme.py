@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import benchmark
 import numpy as np
 import pytest
 import torch
@@ -85,15 +86,64 @@ def test_a_picture_of_ones_own_is_classified(shipped, kind, tmp_path, capsys, mo
         assert percentage == pytest.approx(expected[1], abs=5)
 
 
-def test_the_exported_model_predicts_the_same(shipped, sample, tmp_path, monkeypatch):
+@pytest.fixture
+def exported(shipped, tmp_path, monkeypatch):
+    """Run the README's block that exports the model, in an empty folder; return its variables."""
     monkeypatch.chdir(tmp_path)
     exec(BLOCKS[2], shipped)  # noqa: S102 - the README, as it stands
-    exported = torch.export.load(*Path().glob("*.pt2")).module()
+    return shipped
+
+
+@torch.no_grad()
+def test_the_exported_model_predicts_the_same(exported, sample):
     images = script.as_tensors(sample[1])[0][:7] / 255
-    with torch.no_grad():
-        torch.testing.assert_close(exported(images), shipped["model"](images))
-        each = torch.func.vmap(lambda image: shipped["model"](image[None])[0])(images)
-        torch.testing.assert_close(each, shipped["model"](images), rtol=1e-3, atol=1e-3)
+    expected = exported["model"](images)
+    torch.testing.assert_close(exported["exported"](images), expected)
+    each = torch.func.vmap(lambda image: exported["model"](image[None])[0])(images)
+    torch.testing.assert_close(each, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_onnx_file_predicts_the_same(exported, sample):
+    """Where the packages are; they are not among the requirements."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    exec(BLOCKS[3], exported)  # noqa: S102 - the README, as it stands
+    assert [path.name for path in Path().glob("*.onnx*")] == ["nnmodel_cifar10.onnx"]
+    session = runtime.InferenceSession("nnmodel_cifar10.onnx", providers=["CPUExecutionProvider"])
+    images = script.as_tensors(sample[1])[0][:7] / 255
+    [logits] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.tensor(logits), exported["model"](images), rtol=0, atol=1e-4)
+
+
+def test_core_ml_converts_the_exported_model(exported):
+    """Where the package is; its predictions need a Mac."""
+    pytest.importorskip("coremltools")
+    exec(BLOCKS[4], exported)  # noqa: S102 - the README, as it stands
+    assert Path("nnmodel_cifar10.mlpackage").exists()
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_pictures_of_ones_own_are_trained_on(in_folder, sample, monkeypatch, capsys, classes):
+    for part, dataset in zip(("train", "test"), sample, strict=True):
+        for number, (picture, label) in enumerate(dataset):
+            folder = Path("pictures", part, dataset.classes[label])
+            if label < classes:
+                folder.mkdir(parents=True, exist_ok=True)
+                size = (20 + number % 90, 20 + number % 70)
+                picture.resize(size).save(folder / f"{number}.{('jpg', 'png', 'webp')[number % 3]}")
+    monkeypatch.setattr(script, "load_cifar10", script.load_cifar10)  # to be put back afterwards
+    monkeypatch.setattr(script, "WIDTHS", (8, 32, 32))
+    assert '"--epochs", "30"' in BLOCKS[5]
+    exec(BLOCKS[5].replace('"30"', '"2"'), {})  # noqa: S102 - the README, but sooner
+    assert len(re.findall(r"^  \w+ +[\d.]+%$", capsys.readouterr().out, re.MULTILINE)) == classes
+    assert len(torch.load(MODEL, weights_only=True)["head.weight"]) == classes
+    assert len(BLOCKS[5].splitlines()) <= 10
+
+
+def test_the_table_of_parts_has_the_names_that_the_benchmark_takes():
+    rows = re.findall(r"^\|([^|]+)\|[^|]+\|[+-][\d.]+\|", README, re.MULTILINE)
+    assert sorted(rows) == sorted(benchmark.PARTS)
 
 
 def test_requirements_are_those_of_the_script():

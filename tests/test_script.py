@@ -34,6 +34,7 @@ ROW = re.compile(  # of the table of epochs
     r" *(?P<mark>.*)$",
     re.MULTILINE,
 )
+NOTEBOOK = "module://matplotlib_inline.backend_inline"  # its backend, which isn't installed here
 SCORE = re.compile(r"test set, 200 images: loss (\S+), accuracy (\S+)%")
 
 
@@ -64,7 +65,7 @@ def finished(tmp_path_factory):
     """Run the script once from an empty folder, output to a pipe; return (folder, output)."""
     folder = tmp_path_factory.mktemp("finished")
     environment = {"HOME": "/nonexistent", "DISPLAY": "", "MPLCONFIGDIR": ""}
-    environment["MPLBACKEND"] = "no such backend"  # a notebook's that isn't installed here, say
+    environment["MPLBACKEND"] = NOTEBOOK
     process = start_script(folder, "--epochs", 4, **environment)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
@@ -96,7 +97,7 @@ def test_reports_what_the_saved_file_scores_by_hand(finished, sample):
     assert float(stated[1]) == pytest.approx(loss, abs=2e-4)
     assert stated[2] == f"{hits.mean():.2%}"[:-1]
     best = max(batch.mean().item() for batch in hits.split(50))
-    assert f"best batch of 50: {best:.2%}" in output
+    assert f"best single batch of 50: {best:.2%}" in output
     labels = torch.tensor(sample[1].targets)
     for index, name in enumerate(sample[1].classes):
         assert re.search(rf"{name} +{hits[labels == index].mean():.1%}", output)
@@ -128,14 +129,14 @@ def test_a_terminal_shows_how_long_it_will_still_take(run_here, monkeypatch):
             yield batch
 
     monkeypatch.setattr(script.TrainingBatches, "epoch", timed)
-    assert script.main(arguments_on_sample("--epochs", 2)) == 0
+    script.main(arguments_on_sample("--epochs", 2))
     output = run_here.read()
-    minutes, text = 10 * (1 + (32 / 24) ** 2), []
+    minutes, text = 11 * (1 + (32 / 24) ** 2), []
     for number, pace in ((1, 1), (2, (32 / 24) ** 2)):
-        for batch in range(1, 11):
+        for batch in range(1, 12):
             minutes -= pace
             left = math.ceil(round(minutes, 6))
-            text.append(f"epoch {number} of 2, batch {batch} of 10, about {left} min left")
+            text.append(f"epoch {number} of 2, batch {batch} of 11, about {left} min left")
     rows = [line.split("\r") for line in output.split("\n") if "\r" in line]
     assert [live.rstrip() for *lives, _ in rows for live in lives] == text
     for *lives, row in rows:
@@ -146,8 +147,8 @@ def test_a_terminal_shows_how_long_it_will_still_take(run_here, monkeypatch):
 def test_a_console_that_ignores_carriage_returns_stays_readable(run_here, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(script, "WIDTHS", (4, 4, 4))
-    assert script.main(arguments_on_sample("--epochs", 1, "--batch-size", 3)) == 0
-    assert 10 <= run_here.read().count("\r") <= 20  # of 180 batches
+    script.main(arguments_on_sample("--epochs", 1, "--batch-size", 3))
+    assert 10 <= run_here.read().count("\r") <= 20  # of 192 batches
 
 
 @pytest.mark.parametrize("options", [[], ["--show"]])
@@ -178,9 +179,9 @@ def test_two_runs_in_one_folder_leave_the_whole_weights_of_one(tmp_path, sample)
     [
         ("--epochs", ["0", "-1", "1e3"]),
         ("--images", ["0", "251"]),
-        ("--batch-size", ["0", "45001"]),
-        ("--seed", ["x", "-1", str(2**63)]),
-        ("--image-seed", ["x", "-1", str(2**63)]),
+        ("--batch-size", ["0", "1"]),
+        ("--seed", ["x"]),
+        ("--image-seed", ["x"]),
         ("--device", ["tpu"]),
         ("--no-such-option", ["1"]),
     ],
@@ -197,7 +198,15 @@ def test_wrong_arguments_are_one_line_before_any_work(option, values, in_folder,
 
 
 def test_the_largest_values_are_accepted():
-    script.parse_arguments(f"--batch-size 45000 --images 250 --seed {2**63 - 1}".split())
+    script.parse_arguments(f"--batch-size 48000 --images 250 --seed {2**63 - 1}".split(), ["cpu"])
+
+
+def test_too_few_images_for_a_batch_are_told_with_what_to_do(run_here, in_folder):
+    output = assert_fails_in_one_line(
+        run_here("--batch-size", 577), "576 images to train on don't fill a batch of 577: choose"
+    )
+    assert "epoch " not in output
+    assert files(in_folder) == []
 
 
 # Interruptions
@@ -234,16 +243,19 @@ def half(path, content, write=Path.write_bytes):
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
 )
 @pytest.mark.parametrize(
-    ("name", "call", "done", "left"),  # the first time, the earlier model is put in its own place
+    ("name", "call", "done", "left"),
     [
-        ("torch.Tensor.backward", 5, nothing, [MODEL]),  # of ten batches an epoch
+        ("torch.Tensor.backward", 5, nothing, [MODEL]),  # of eleven batches an epoch
         ("torch.Tensor.backward", 15, nothing, [*CURVES, MODEL]),
-        ("pathlib.Path.write_bytes", 2, half, [*CURVES, MODEL]),
-        ("os.replace", 2, nothing, [*CURVES, MODEL]),
-        ("os.replace", 2, os.replace, [*CURVES, MODEL]),
-        ("torch.nn.functional.pad", 1, nothing, [*CURVES, MODEL]),  # in eval mode, after training
+        ("torch.linspace", 2, nothing, [*CURVES, MODEL]),  # the temperatures, in epoch 2
+        ("pathlib.Path.write_bytes", 1, half, [*CURVES, MODEL]),
+        ("os.replace", 1, nothing, [*CURVES, MODEL]),
+        ("os.replace", 1, os.replace, [*CURVES, MODEL]),
+        ("torch.nn.functional.pad", 2, nothing, [*CURVES, MODEL]),  # in eval mode, after training
+        ("matplotlib.figure.Figure.savefig", 2, nothing, [*CURVES, GRID, MODEL]),
     ],
-    ids=["epoch 1", "epoch 2", "amid writing", "before replacing", "after replacing", "at the end"],
+    ids=["epoch 1", "epoch 2", "temperature", "amid writing", "before replacing"]
+    + ["after replacing", "at the end", "in a figure"],
 )
 def test_stopped_it_keeps_and_draws_the_best_epoch_if_one_has_ended(
     run_here, in_folder, earlier, monkeypatch, number, code, name, call, done, left
@@ -287,46 +299,50 @@ def test_full_disk_that_has_room_later_costs_nothing(run_here, in_folder, monkey
     assert files(in_folder) == [*CURVES, GRID, MODEL]
 
 
-@pytest.mark.parametrize("first", [2, 3])
+@pytest.mark.parametrize("first", [1, 2])
 def test_disk_full_to_the_end_keeps_the_file(run_here, in_folder, earlier, monkeypatch, first):
     at_calls(monkeypatch, "pathlib.Path.write_bytes", range(first, 99), no_room)
     output = assert_fails_in_one_line(run_here("--epochs", 2), "[Errno 28] No space left on device")
     assert SCORE.search(output)  # from memory
     assert files(in_folder) == [MODEL]
     assert_loads(in_folder / MODEL)
-    assert ((in_folder / MODEL).read_bytes() == earlier) == (first == 2)
+    assert ((in_folder / MODEL).read_bytes() == earlier) == (first == 1)
 
 
 def test_loss_that_is_not_finite_keeps_the_best_epoch(run_here, in_folder, monkeypatch):
     def diverge(loss, backward=torch.Tensor.backward):
         backward(loss * torch.inf)
 
-    at_calls(monkeypatch, "torch.Tensor.backward", [15], diverge)  # of ten batches an epoch
+    at_calls(monkeypatch, "torch.Tensor.backward", [15], diverge)  # of eleven batches an epoch
     output = assert_fails_in_one_line(run_here("--epochs", 3), "the loss is not finite in epoch 2")
     assert [row["mark"] for row in ROW.finditer(output)] == ["saved"]
     assert_loads(in_folder / MODEL)
     assert files(in_folder) == [*CURVES, MODEL]
 
 
-@pytest.mark.parametrize(
-    ("name", "error"),
-    [
-        ("os.replace", OSError(errno.EBUSY, "Device or resource busy")),  # a single-file mount
-        ("tempfile.TemporaryFile", PermissionError(errno.EACCES, "Permission denied")),
-        ("pathlib.Path.write_bytes", OSError(errno.ENOSPC, "No space left on device")),
-    ],
-)
-def test_a_model_that_cannot_be_saved_is_told_before_the_download(
-    run_here, in_folder, earlier, monkeypatch, name, error
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_download(
+    run_here, in_folder, earlier, monkeypatch
 ):
     def fail(*_, **__):
-        raise error
+        raise PermissionError(errno.EACCES, "Permission denied")
 
-    at_calls(monkeypatch, name, range(1, 99), fail)
-    output = assert_fails_in_one_line(run_here("--epochs", 1), f"[Errno {error.errno}]")
+    at_calls(monkeypatch, "tempfile.TemporaryFile", range(1, 99), fail)
+    output = assert_fails_in_one_line(run_here("--epochs", 1), f"[Errno {errno.EACCES}]")
     assert "data: trying" not in output
     assert (in_folder / MODEL).read_bytes() == earlier
     assert files(in_folder) == [MODEL]
+
+
+def test_a_bug_in_a_run_that_was_saved_is_not_hidden_by_a_full_disk(run_here, monkeypatch):
+    """Its traceback is what helps; the curves can't be drawn either."""
+
+    def bug(*_, **__):
+        at_calls(monkeypatch, "pathlib.Path.write_bytes", range(1, 99), no_room)
+        raise ZeroDivisionError
+
+    at_calls(monkeypatch, "torch.Tensor.backward", [15], bug)
+    with pytest.raises(ZeroDivisionError):
+        run_here("--epochs", 2)
 
 
 def test_evaluate_without_a_model_says_so_and_leaves_nothing(run_here, in_folder):
@@ -335,12 +351,12 @@ def test_evaluate_without_a_model_says_so_and_leaves_nothing(run_here, in_folder
 
 
 @pytest.mark.parametrize(
-    "version", ["2.2.2", "2.8.0+cu128", "2.9.0a0+5228986c39.nv25.09", "2.14.1"]
+    ("version", "old"),
+    [("2.2.2", True), ("2.10.0+cu128", True), ("2.11.0a0+5228986c39.nv26.01", False)],
 )
-def test_an_old_torch_is_refused_by_its_name(run_here, monkeypatch, version):
+def test_an_old_torch_is_refused_by_its_name(run_here, monkeypatch, version, old):
     monkeypatch.setattr(torch, "__version__", type(torch.__version__)(version))
-    old = version < "2.9" and version != "2.14.1"
-    reason = f"needs torch 2.9 or newer, and this is {version}" if old else "there is no"
+    reason = f"needs torch 2.11 or newer, and this is {version}" if old else "there is no"
     assert_fails_in_one_line(run_here("--evaluate"), reason)
 
 
@@ -361,9 +377,10 @@ def test_the_figures_are_the_same_whatever_the_users_style(run_here, in_folder):
 
 
 def test_show_without_its_backend_is_told_before_the_download(tmp_path):
-    run = start_script(tmp_path, "--show", MPLBACKEND="module://no_such_module")
+    no_windows = {"DISPLAY": "", "WAYLAND_DISPLAY": ""}
+    run = start_script(tmp_path, "--show", MPLBACKEND="tkagg", **no_windows)
     output, _ = run.communicate(timeout=60)
-    assert_fails_in_one_line((run.returncode, output), "No module named 'no_such_module'")
+    assert_fails_in_one_line((run.returncode, output), "--show finds no window system")
     assert "data: trying" not in output
 
 
@@ -427,7 +444,7 @@ def test_importing_the_script_does_nothing(in_folder, capsys):
     [
         ("", "svg", "svg"),
         ("import matplotlib; matplotlib.use('pdf')", "svg", "pdf"),
-        ("", "no such backend", "agg"),
+        ("", NOTEBOOK, "agg"),
     ],
 )
 def test_importing_the_script_leaves_matplotlibs_backend_to_the_user(first, variable, backend):
@@ -448,7 +465,7 @@ def test_in_a_notebook_it_works_and_changes_nothing_there(run_here, in_folder, m
     shutil.copytree(TESTS / "data", in_folder / "data")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", notebook)
-        assert script.main() == 0
+        script.main()
     assert SCORE.search("".join(written))
     code, output = run_here("--evaluate")  # as %run does
     assert code == 0, output
@@ -496,11 +513,11 @@ def hundred_classes(root, load_cifar10=script.load_cifar10):
 )
 def test_a_change_has_one_place(run_here, in_folder, monkeypatch, name, value):
     monkeypatch.setattr(script, name, value)
-    assert script.main(arguments_on_sample("--epochs", 1)) == 0
+    script.main(arguments_on_sample("--epochs", 1))
     trained = run_here.read()
     assert files(in_folder) == [*CURVES, GRID, MODEL]
-    assert script.main(arguments_on_sample("--evaluate")) == 0
+    script.main(arguments_on_sample("--evaluate"))
     evaluated = run_here.read()
     assert SCORE.search(evaluated)[0] == SCORE.search(trained)[0]
-    rows = re.findall(r"^  \w.* [\d.na]+%$", evaluated, re.MULTILINE)
-    assert len(rows) == (100 if name == "load_cifar10" else 10)
+    rows = re.findall(r"^  \w.* [\d.]+%$", evaluated, re.MULTILINE)
+    assert len(rows) == len(set(script.load_cifar10(TESTS / "data")[1].targets))
