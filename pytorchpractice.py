@@ -68,8 +68,8 @@ BATCH_SIZE = 250  # images a step
 VALIDATION_PORTION = 0.04
 WIDTHS = (64, 224, 448)  # channels of the three blocks; wider is better and slower
 # Progressive resizing: small images take less time, and are enough for the coarse shapes that a
-# net learns first. Images are 16 pixels wide in the first 0.2 of the run, and so on: in ten epochs
-# 16 16 24 24 24 24 32 32 32 32. The blocks halve a map three times, so sizes must be multiples of 8.
+# net learns first. They are 16 pixels wide in the first 0.2 of the run, and so on: in ten epochs 16
+# 16 24 24 24 24 32 32 32 32. The blocks halve a map three times, so sizes are multiples of 8.
 SIZES = ((0.2, 16), (0.6, 24), (1.0, 32))
 MAX_SHIFT = 2  # an image is shifted by at most so many pixels of 32
 LABEL_SMOOTHING = 0.1  # share of the target spread over all classes, against overconfidence
@@ -741,6 +741,8 @@ def main(argv=()):
         tempfile.TemporaryFile(dir=folder).close()  # better to hear now that it can't be written to
     train_set, test_set = load_cifar10(args.data)
     images, labels = as_tensors(test_set)
+    if args.evaluate and model.head.out_features != len(test_set.classes):
+        raise RunError(f"{MODEL_PATH} was trained on other classes than those of {args.data}")
     history = History()
     try:
         if not args.evaluate:

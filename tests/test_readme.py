@@ -138,7 +138,7 @@ def test_pictures_of_ones_own_are_trained_on(in_folder, sample, monkeypatch, cap
     exec(BLOCKS[5].replace('"30"', '"2"'), {})  # noqa: S102 - the README, but sooner
     assert len(re.findall(r"^  \w+ +[\d.]+%$", capsys.readouterr().out, re.MULTILINE)) == classes
     assert len(torch.load(MODEL, weights_only=True)["head.weight"]) == classes
-    assert len(BLOCKS[5].splitlines()) <= 10
+    assert sum(map(bool, BLOCKS[5].splitlines())) <= 10
 
 
 def test_the_table_of_parts_has_the_names_that_the_benchmark_takes():
