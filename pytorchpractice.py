@@ -199,7 +199,8 @@ def set_up_training(train_set, seed, batch_size, device):
     """Return (model, batches, validation), the last as (images, labels), uint8 and int64."""
     images, labels = as_tensors(train_set)
     # The net never learns from the validation images, so their loss tells which epoch to save.
-    count = max(1, round(VALIDATION_PORTION * len(labels)))
+    # Of a small data set, a fifth is held out: fewer than that would choose by chance.
+    count = max(round(VALIDATION_PORTION * len(labels)), min(500, len(labels) // 5))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     validation, training = order[:count], order[count:]
     torch.manual_seed(seed)
@@ -393,8 +394,8 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
             batch_accuracy[step] = (logits.argmax(1) == labels).float().mean()
             show_progress(start, epoch, step, steps, plan)
 
-        # This loss is the same formula, but not the same thing as the training loss, which is that
-        # of moving weights on shifted and at first small images: here they are averaged and whole.
+        # This loss is that of averaged weights on whole images. The training loss is of the same
+        # formula, but of moving weights on shifted and at first small images.
         with autocast:
             logits, validation_loss, accuracy = evaluate(candidate.look, *validation, device)
         train_loss = batch_loss.mean().item()
@@ -651,12 +652,13 @@ def plot_accuracy(fig, batch_accuracy):
     accuracies = torch.stack(batch_accuracy).numpy()  # (epochs, batches)
     epochs, batches = accuracies.shape
     ax.plot(range(1, accuracies.size + 1), accuracies.ravel(), color=BLUE, linewidth=0.5, alpha=0.6)
-    every = next(n for n in (1, 5, 10, 50, 100, epochs) if epochs <= 15 * n)  # epochs labelled
+    every = next(n for n in (1, 5, 10, 50, 100, epochs) if epochs <= 15 * n)  # so they have room
     for epoch, accuracy in enumerate(accuracies, 1):
         first, last = (epoch - 1) * batches, epoch * batches
         label = "mean of the epoch" if epoch == 1 else None
-        if epoch % every == 0:
+        if every == 1:
             ax.axvline(first, color="black", linewidth=0.8)
+        if epoch % every == 0:
             ax.text((first + last) / 2, 0.02, f"E{epoch}", ha="center")
         ax.hlines(accuracy.mean(), first, last, color=ORANGE, label=label)
     ax.set(title="Accuracy of every training batch", xlabel="batch", ylabel="accuracy")

@@ -84,7 +84,7 @@ def files(folder):
 
 
 def arguments_on_sample(*arguments):
-    """Return the script's arguments for a run on the sample: ten batches of 50 images an epoch."""
+    """Return the script's arguments for a run on the sample: nine batches of 50 images an epoch."""
     return ["--data", str(TESTS / "data"), "--batch-size", "50", *map(str, arguments)]
 
 

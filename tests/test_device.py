@@ -97,20 +97,6 @@ def test_float16_needs_no_loss_scaling(sample, in_folder, monkeypatch):
     assert_loads(MODEL)
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_warns_of_nothing(sample, in_folder, monkeypatch, dtype):
-    """It is asked for a half precision alone."""
-    asked = []
-    autocast = torch.autocast
-    monkeypatch.setattr(
-        torch, "autocast", lambda *a, **k: asked.append((a, k)) or autocast(*a, **k)
-    )
-    monkeypatch.setattr(script, "WIDTHS", (8, 16, 16))
-    train(sample[0], epochs=1, batch_size=180, dtype=dtype)
-    assert asked == ([(("cpu", dtype), {})] if dtype == torch.bfloat16 else [])
-
-
 def test_no_tensor_stays_behind_on_another_device(sample, in_folder, monkeypatch):
     """On torch's meta device, any operation that mixes in a CPU tensor fails.
 

@@ -131,12 +131,12 @@ def test_a_terminal_shows_how_long_it_will_still_take(run_here, monkeypatch):
     monkeypatch.setattr(script.TrainingBatches, "epoch", timed)
     script.main(arguments_on_sample("--epochs", 2))
     output = run_here.read()
-    minutes, text = 11 * (1 + (32 / 24) ** 2), []
+    minutes, text = 9 * (1 + (32 / 24) ** 2), []
     for number, pace in ((1, 1), (2, (32 / 24) ** 2)):
-        for batch in range(1, 12):
+        for batch in range(1, 10):
             minutes -= pace
             left = math.ceil(round(minutes, 6))
-            text.append(f"epoch {number} of 2, batch {batch} of 11, about {left} min left")
+            text.append(f"epoch {number} of 2, batch {batch} of 9, about {left} min left")
     rows = [line.split("\r") for line in output.split("\n") if "\r" in line]
     assert [live.rstrip() for *lives, _ in rows for live in lives] == text
     for *lives, row in rows:
@@ -148,7 +148,7 @@ def test_a_console_that_ignores_carriage_returns_stays_readable(run_here, monkey
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(script, "WIDTHS", (4, 4, 4))
     script.main(arguments_on_sample("--epochs", 1, "--batch-size", 3))
-    assert 10 <= run_here.read().count("\r") <= 20  # of 192 batches
+    assert 10 <= run_here.read().count("\r") <= 20  # of 160 batches
 
 
 @pytest.mark.parametrize("options", [[], ["--show"]])
@@ -203,7 +203,7 @@ def test_the_largest_values_are_accepted():
 
 def test_too_few_images_for_a_batch_are_told_with_what_to_do(run_here, in_folder):
     output = assert_fails_in_one_line(
-        run_here("--batch-size", 577), "576 images to train on don't fill a batch of 577: choose"
+        run_here("--batch-size", 481), "480 images to train on don't fill a batch of 481: choose"
     )
     assert "epoch " not in output
     assert files(in_folder) == []
@@ -245,7 +245,7 @@ def half(path, content, write=Path.write_bytes):
 @pytest.mark.parametrize(
     ("name", "call", "done", "left"),
     [
-        ("torch.Tensor.backward", 5, nothing, [MODEL]),  # of eleven batches an epoch
+        ("torch.Tensor.backward", 5, nothing, [MODEL]),  # of nine batches an epoch
         ("torch.Tensor.backward", 15, nothing, [*CURVES, MODEL]),
         ("torch.linspace", 2, nothing, [*CURVES, MODEL]),  # the temperatures, in epoch 2
         ("pathlib.Path.write_bytes", 1, half, [*CURVES, MODEL]),
@@ -311,7 +311,7 @@ def test_loss_that_is_not_finite_keeps_the_best_epoch(run_here, in_folder, monke
     def diverge(loss, backward=torch.Tensor.backward):
         backward(loss * torch.inf)
 
-    at_calls(monkeypatch, "torch.Tensor.backward", [15], diverge)  # of eleven batches an epoch
+    at_calls(monkeypatch, "torch.Tensor.backward", [15], diverge)  # of nine batches an epoch
     output = assert_fails_in_one_line(run_here("--epochs", 3), "the loss is not finite in epoch 2")
     assert [row["mark"] for row in ROW.finditer(output)] == ["saved"]
     assert_loads(in_folder / MODEL)
