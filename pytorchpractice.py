@@ -6,6 +6,7 @@
 It leaves nnmodel_cifar10.pt (the weights of the epoch with the lowest validation loss) and, in
 figures/, the loss of every epoch, the accuracy of every batch and a grid of predictions. Elsewhere:
 
+    import torch
     from pytorchpractice import CIFARNet
     model = CIFARNet()
     model.load_state_dict(torch.load("nnmodel_cifar10.pt", weights_only=True))
@@ -611,8 +612,9 @@ def report(logits, loss, labels, classes, batch_size):
     say(f"best single batch of {size}: {best:.2%} (the measure of the project that this rewrites)")
     width = max(map(len, classes))
     for index, name in enumerate(classes):
-        if (labels == index).any():  # pictures of one's own may lack a class
-            say(f"  {name:<{width}} {hits[labels == index].mean():6.1%}")
+        own = hits[labels == index]
+        if len(own):  # one's own pictures may lack a class
+            say(f"  {name:<{width}} {own.mean():6.1%}")
 
 
 def draw(new_figure, name, plot, *data):
