@@ -50,9 +50,18 @@ import pytorchpractice as script
 IMAGES = 50_000  # of CIFAR-10, to train and to validate
 VALIDATION_IMAGES = round(IMAGES * script.VALIDATION_PORTION)
 TRAINING_IMAGES = IMAGES - VALIDATION_IMAGES
+MIDDLES = [(epoch + 0.5) / script.EPOCHS for epoch in range(script.EPOCHS)]  # as in script.train
+# The parts of a plan are (epochs, size of the images, whether the bias of the first layer learns).
+PLAN = [
+    (
+        1,
+        next(size for end, size in script.SIZES if middle < end),
+        middle < script.FIRST_LAYER_PORTION,
+    )
+    for middle in MIDDLES
+]
 ORIGINAL_BATCH = 128
-# Two published recipes. The parts of a plan are (epochs, size of the images, whether the bias of
-# the first layer learns).
+# Two published recipes.
 AIRBENCH_BATCH = 2_000  # airbench94_muon, in github.com/KellerJordan/cifar10-airbench
 AIRBENCH_PLAN = [(3, 32, True), (5, 32, False)]
 E1_BATCH = 1_536  # in github.com/fulcrumresearch/cifar-10-speedrun
@@ -172,15 +181,14 @@ BESIDE = {  # what the script's speed is measured beside: its name, one epoch of
 }
 
 
-def name(size, first_layer_learns):
-    """Return the name of a kind of epoch."""
+def name(_, size, first_layer_learns):
+    """Return the name of a kind of epoch, from a part of the plan."""
     return f"script at {size} pixels" + ", first layer learns" * first_layer_learns
 
 
 def train_script(train_set, device, dtype, kind):
     """Train one epoch of the script's recipe, of this kind; return the seconds."""
-    plan = script.plan_epochs(script.EPOCHS)
-    size, first_layer_learns = next(epoch for epoch in plan if name(*epoch) == kind)
+    _, size, first_layer_learns = next(epoch for epoch in PLAN if name(*epoch) == kind)
     script.SIZES = ((1.0, size),)
     script.FIRST_LAYER_PORTION = float(first_layer_learns)
     setup = script.set_up_training(train_set, 0, script.BATCH_SIZE, device)
@@ -371,8 +379,8 @@ def print_work():
     flops = training * count(net.train(), shape, [torch.optim.Adam(net.parameters())])
     print_flops("the original", script.EPOCHS, flops, validation * count(net.eval(), shape))
 
-    model, plan = script.CIFARNet(), [(1, *epoch) for epoch in script.plan_epochs(script.EPOCHS)]
-    flops = count_plan(model, script.BATCH_SIZE, TRAINING_IMAGES, plan)
+    model = script.CIFARNet()
+    flops = count_plan(model, script.BATCH_SIZE, TRAINING_IMAGES, PLAN)
     model.forward = model.look  # validation takes one look at each image
     print_flops("the script", script.EPOCHS, flops, validation * count(model.eval(), shape))
 
@@ -426,7 +434,7 @@ def child(arguments, what, seed=0):
 def compare_speed(arguments):
     """Print the seconds an epoch of the script and another recipe, in turns, and of whole runs."""
     other, _, other_epochs = BESIDE[arguments.beside]
-    epochs = [name(*epoch) for epoch in script.plan_epochs(script.EPOCHS)]
+    epochs = [name(*epoch) for epoch in PLAN]
     results = {kind: [] for kind in [arguments.beside, *epochs]}
     for turn in range(arguments.turns):
         for kind, measured in results.items():

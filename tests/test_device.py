@@ -53,12 +53,10 @@ def test_bfloat16_is_chosen_only_where_a_cpu_is_known_to_have_it(monkeypatch, na
     assert precision(True, avx2=True, **{name: True})[0] == torch.bfloat16
     assert precision(False, avx2=True, **{name: True}) == no_bfloat16
     assert precision(True, avx2=True, **{name: False}) == no_bfloat16
-
-
-def test_bfloat16_is_not_chosen_on_apples_gpus():
-    dtype, reason = script.choose_precision("mps")
-    assert dtype == torch.float32
-    assert "Apple" in reason
+    assert script.choose_precision("mps") == (
+        torch.float32,
+        "bfloat16 gains nothing on Apple's GPUs",
+    )
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
@@ -71,8 +69,8 @@ def test_cuda_trains_in_float16_where_bfloat16_would_be_emulated(monkeypatch, ha
     assert dtype == (torch.bfloat16 if has_bfloat16 else torch.float16)
 
 
-def test_float16_needs_no_loss_scaling(sample, in_folder, monkeypatch):
-    """Its gradients are finite and nearer to float32's than bfloat16's, and it trains."""
+def test_float16_needs_no_loss_scaling(sample, monkeypatch):
+    """Its gradients are finite and nearer to float32's than bfloat16's."""
     monkeypatch.setattr(script, "WIDTHS", (8, 16, 16))  # float16 is slow on a CPU
     images, labels = script.as_tensors(sample[0])
     images, labels = images[:50] / 255, labels[:50]
@@ -89,12 +87,6 @@ def test_float16_needs_no_loss_scaling(sample, in_folder, monkeypatch):
     half, brain = (gradients(dtype) for dtype in (torch.float16, torch.bfloat16))
     assert half.isfinite().all()
     assert (half - exact).norm() < min(0.1 * exact.norm(), (brain - exact).norm())
-    losses = [
-        train(sample[0], epochs=1, batch_size=180, dtype=d).losses[0][0]
-        for d in (torch.float16, torch.float32)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
-    assert_loads(MODEL)
 
 
 def test_no_tensor_stays_behind_on_another_device(sample, in_folder, monkeypatch):

@@ -136,7 +136,7 @@ def test_pictures_of_ones_own_are_trained_on(in_folder, sample, monkeypatch, cap
     monkeypatch.setattr(script, "WIDTHS", (8, 32, 32))
     assert '"--epochs", "30"' in BLOCKS[5]
     exec(BLOCKS[5].replace('"30"', '"2"'), {})  # noqa: S102 - the README, but sooner
-    assert len(re.findall(r"^  \w+ +[\d.]+%$", capsys.readouterr().out, re.MULTILINE)) == classes
+    assert len(re.findall(r"^ +[\d.]+%  \w+$", capsys.readouterr().out, re.MULTILINE)) == classes
     assert len(torch.load(MODEL, weights_only=True)["head.weight"]) == classes
     assert sum(map(bool, BLOCKS[5].splitlines())) <= 10
 
