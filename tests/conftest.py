@@ -90,10 +90,7 @@ def arguments_on_sample(*arguments):
 
 @pytest.fixture
 def run_here(expect_sample, in_folder, monkeypatch, capsys):
-    """Return a function that runs the script as a program, but in this process and folder.
-
-    It returns (exit code, output), and is faster than a new process, which imports torch anew.
-    """
+    """Return a function that runs the script in this process and folder: (exit code, output)."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["pytorchpractice.py", *arguments_on_sample(*arguments)])

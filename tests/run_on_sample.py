@@ -1,7 +1,4 @@
-"""Run pytorchpractice.py as a program, with torchvision told to expect the sample in tests/data.
-
-python run_on_sample.py [the script's own arguments]
-"""
+"""Run pytorchpractice.py, with its own arguments, on the sample in tests/data."""
 
 import hashlib
 import runpy

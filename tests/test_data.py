@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,12 +162,10 @@ def serve(images, *, batch_size=50):
 
 def test_split_is_disjoint_whole_and_of_the_seed(sample):
     images, _ = script.as_tensors(sample[0])
-    numbered = SimpleNamespace(
-        data=sample[0].data, targets=list(range(len(images))), classes=sample[0].classes
-    )
+    sample[0].targets = list(range(len(images)))  # as labels, their numbers
 
     def split(seed):
-        _, batches, validation = script.set_up_training(numbered, seed, 50, "cpu")
+        _, batches, validation = script.set_up_training(sample[0], seed, 50, "cpu")
         return batches.labels.tolist(), validation
 
     training, (held_out, validation) = split(3)

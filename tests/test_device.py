@@ -77,8 +77,7 @@ def test_float16_needs_no_loss_scaling(sample, monkeypatch):
 
     def gradients(dtype):
         model = random_model()
-        half = dtype != torch.float32
-        with torch.autocast("cpu", dtype if half else torch.bfloat16, enabled=half):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logits = model(images).float()
         F.cross_entropy(logits, labels, reduction="sum").backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
@@ -90,10 +89,7 @@ def test_float16_needs_no_loss_scaling(sample, monkeypatch):
 
 
 def test_no_tensor_stays_behind_on_another_device(sample, in_folder, monkeypatch):
-    """On torch's meta device, any operation that mixes in a CPU tensor fails.
-
-    It has no values: what is read there is nan.
-    """
+    """On the meta device, an operation that mixes in a CPU tensor fails; what is read is nan."""
     to_cpu = torch.Tensor.cpu
 
     def read(tensor):
