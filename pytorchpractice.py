@@ -361,9 +361,7 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
     share = 1 / (1 + AVERAGED_EPOCHS * steps)  # of the newest weights in the average
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - share), use_buffers=True)
     candidate = averaged.module.eval()  # to be saved
-    middles = [
-        (epoch + 0.5) / epochs for epoch in range(epochs)
-    ]  # of each epoch, as a share of the run
+    middles = [(epoch + 0.5) / epochs for epoch in range(epochs)]  # each epoch's, from 0 to 1
     sizes = [next(size for end, size in SIZES if middle < end) for middle in middles]
     run_start = time.perf_counter()
     say("\nepoch  training loss    acc  validation loss    acc  seconds  images/s")
