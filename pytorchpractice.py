@@ -594,7 +594,7 @@ def report(logits, loss, labels, classes, batch_size):
     size = min(batch_size, len(hits))
     # The practice project that this script rewrites reported its best batch. Chance makes it high.
     best = hits.unfold(0, size, size).mean(1).max()
-    say(f"best single batch of {size}: {best:.2%} (the original's measure, high by chance)")
+    say(f"best single batch of {size}: {best:.2%} (the measure of the project that this rewrites)")
     for label in labels.unique():
         say(f"  {hits[labels == label].mean():6.1%}  {classes[label]}")
 
