@@ -705,6 +705,8 @@ def main(argv=()):
     training = f"training in {str(dtype).removeprefix('torch.')}: {reason}"
     introduce(args.device, "scoring in float32" if args.evaluate else training, notes)
     new_figure = pyplot.figure if args.show else figure.Figure  # the latter needs no window
+    if args.show and pyplot.get_backend().lower() == "agg":
+        raise RunError("--show finds no window system")
 
     if args.evaluate:
         model = load_model(MODEL_PATH).to(args.device)

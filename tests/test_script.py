@@ -127,13 +127,12 @@ def test_a_terminal_shows_how_long_it_will_still_take(run_here, monkeypatch):
 
     monkeypatch.setattr(script.TrainingBatches, "epoch", timed)
     script.main(arguments_on_sample("--epochs", 2, "--seed", 1))
-    output = run_here.read()
     pace, text = (32 / 24) ** 2, []
     for number, minutes, each in ((1, 9 + 9 * pace, 1), (2, 9 * pace, pace)):
         for batch in range(1, 10):
             left = math.ceil(round(minutes - batch * each, 6))
             text.append(f"epoch {number} of 2, batch {batch} of 9, about {left} min left")
-    rows = [line.split("\r") for line in output.split("\n") if "\r" in line]
+    rows = [line.split("\r") for line in run_here.read().split("\n") if "\r" in line]
     assert [live.rstrip() for *lives, _ in rows for live in lives] == text
     for *lives, row in rows:
         assert ROW.match(row)["mark"] == "saved"
@@ -158,8 +157,8 @@ def test_show_shows_the_figures_in_windows(run_here, monkeypatch, options):
 
 
 def test_two_runs_in_one_folder_leave_the_whole_weights_of_one(tmp_path, sample):
-    one_core = {"OMP_NUM_THREADS": "1"}  # more threads than cores wait for each other
-    runs = [start_script(tmp_path, "--epochs", 1, "--seed", i, **one_core) for i in range(2)]
+    options = tmp_path, "--epochs", 1, "--seed"  # one thread each: more would wait for each other
+    runs = [start_script(*options, seed, OMP_NUM_THREADS="1") for seed in range(2)]
     outputs = [run.communicate(timeout=240)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert files(tmp_path) == [*CURVES, GRID, MODEL]
@@ -361,11 +360,16 @@ def test_the_figures_are_the_same_whatever_the_users_style(run_here, in_folder):
     assert pictures[0] == pictures[1]
 
 
+def test_show_without_a_window_system_is_told_before_the_download(run_here, monkeypatch):
+    monkeypatch.setattr(plt, "get_backend", lambda: "agg")
+    output = assert_fails_in_one_line(run_here("--show"), "--show finds no window system")
+    assert "data: trying" not in output
+
+
 def test_without_an_output_it_trains_in_silence(tmp_path):
     command = ["sh", "-c", '"$0" "$@" >&-', sys.executable, TESTS / "run_on_sample.py"]
     command += arguments_on_sample("--epochs", 1)
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert (run.stdout, run.stderr) == ("", "")
+    assert subprocess.check_output(command, cwd=tmp_path, stderr=subprocess.STDOUT) == b""
     assert files(tmp_path) == [*CURVES, GRID, MODEL]
 
 
@@ -426,9 +430,8 @@ def test_importing_the_script_does_nothing(in_folder, capsys):
 )
 def test_importing_the_script_leaves_matplotlibs_backend_to_the_user(first, variable, backend):
     code = f"{first}\nimport pytorchpractice\nimport matplotlib\nprint(matplotlib.get_backend())"
-    environment = {**os.environ, "MPLBACKEND": variable, "DISPLAY": ""}
-    command = [sys.executable, "-c", code]
-    printed = subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
+    env = {**os.environ, "MPLBACKEND": variable, "DISPLAY": ""}
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env, text=True)
     assert printed.strip() == backend
 
 
