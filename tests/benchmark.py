@@ -20,7 +20,6 @@ timed, without any validation, which favours airbench94_muon. Peak memory isn't 
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -52,14 +51,8 @@ VALIDATION_IMAGES = round(IMAGES * script.VALIDATION_PORTION)
 TRAINING_IMAGES = IMAGES - VALIDATION_IMAGES
 MIDDLES = [(epoch + 0.5) / script.EPOCHS for epoch in range(script.EPOCHS)]  # as in script.train
 # The parts of a plan are (epochs, size of the images, whether the bias of the first layer learns).
-PLAN = [
-    (
-        1,
-        next(size for end, size in script.SIZES if middle < end),
-        middle < script.FIRST_LAYER_PORTION,
-    )
-    for middle in MIDDLES
-]
+SIZES = [next(size for end, size in script.SIZES if middle < end) for middle in MIDDLES]
+PLAN = [(1, s, m < script.FIRST_LAYER_PORTION) for s, m in zip(SIZES, MIDDLES, strict=True)]
 ORIGINAL_BATCH = 128
 # Two published recipes.
 AIRBENCH_BATCH = 2_000  # airbench94_muon, in github.com/KellerJordan/cifar10-airbench
@@ -154,9 +147,9 @@ def train_airbench(train_set, device, dtype):
     model.init_whiten(images)
     model.to(device)
     batches = script.TrainingBatches(images, labels, AIRBENCH_BATCH, 0, device)
-    half, steps = dtype != torch.float32, batches.per_epoch
-    autocast = torch.autocast(device, dtype) if half else contextlib.nullcontext()
-    if half or device == "cpu":  # as the script does
+    steps = batches.per_epoch
+    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    if device != "mps":  # as the script does
         model.to(memory_format=torch.channels_last)
     optimizers, _ = script.make_optimizers(model, AIRBENCH_BATCH, steps, dtype)
     start = time.perf_counter()
