@@ -7,11 +7,10 @@
     python tests/benchmark.py --beside airbench    the same, with airbench94_muon in place of the
                                                 original
     python tests/benchmark.py --seeds 5         full runs of the script, one a seed: test accuracy
-    python tests/benchmark.py --without         names the parts of the recipe
     python tests/benchmark.py --without SiLU    what this part buys: runs without it, scored on the
                                                 validation images, beside the default recipe's
     python tests/benchmark.py --without all --seeds 3    the same for each part, with three seeds
-    --fp32                                      force float32
+    --fp32                                      force float32, for the speed and --without
     --part 0.2                                  a part of the images, for the speed: sooner
 
 Each is measured in a process of its own. The original's data loader (images decoded and normalised
@@ -47,8 +46,7 @@ sys.path.insert(0, str(ROOT))
 import pytorchpractice as script
 
 IMAGES = 50_000  # of CIFAR-10, to train and to validate
-VALIDATION_IMAGES = round(IMAGES * script.VALIDATION_PORTION)
-TRAINING_IMAGES = IMAGES - VALIDATION_IMAGES
+TRAINING_IMAGES = IMAGES - script.VALIDATION_IMAGES
 MIDDLES = [(epoch + 0.5) / script.EPOCHS for epoch in range(script.EPOCHS)]  # as in script.train
 # The parts of a plan are (epochs, size of the images, whether the bias of the first layer learns).
 SIZES = [next(size for end, size in script.SIZES if middle < end) for middle in MIDDLES]
@@ -60,7 +58,6 @@ AIRBENCH_PLAN = [(3, 32, True), (5, 32, False)]
 E1_BATCH = 1_536  # in github.com/fulcrumresearch/cifar-10-speedrun
 E1_PLAN = [(0.2, 24, True), (2.8, 24, False), (3, 28, False), (2.875, 32, False)]
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of what the system reports
-EPOCH = re.compile(r" +\d+ +[\d.]+ +[\d.]+% +([\d.]+) +[\d.]+% +([\d.]+) ")  # of its table
 
 
 def original_net():
@@ -82,32 +79,24 @@ def original_net():
     )
 
 
-def normalise(images):
-    """Return uint8 images as the original feeds them: float32, from -1 to 1."""
-    return images.float() / 127.5 - 1
-
-
 def train_original(train_set, device, dtype):
     """Train one epoch of the original's recipe, and validate; return the seconds.
 
-    The original trains in float32, whatever the dtype.
+    The original trains in float32, whatever the dtype, on images from -1 to 1.
     """
     images, labels = script.as_tensors(train_set)
-    cut = round(len(labels) * script.VALIDATION_PORTION)
-    order = torch.randperm(len(labels))
-    validation, training = order[:cut], order[cut:]
+    validation, training = torch.randperm(len(labels)).tensor_split([script.VALIDATION_IMAGES])
     start = time.perf_counter()
     model = original_net().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, weight_decay=1e-4)
     for batch in training.split(ORIGINAL_BATCH):
         optimizer.zero_grad()
-        logits = model(normalise(images[batch].to(device)))
+        logits = model(images[batch].to(device).float() / 127.5 - 1)
         F.cross_entropy(logits, labels[batch].to(device)).backward()
         optimizer.step()
-    with torch.no_grad():
-        model.eval()
-        held_out = images[validation], labels[validation]
-        _, _, accuracy = script.evaluate(lambda x: model(x * 2 - 1), *held_out, device)
+    held_out = images[validation], labels[validation]
+    model.eval()
+    _, _, accuracy = script.evaluate(lambda x: model(x * 2 - 1), *held_out, device)
     print(f"  original: validation {accuracy:.1%}", file=sys.stderr)
     return time.perf_counter() - start
 
@@ -145,26 +134,25 @@ def train_airbench(train_set, device, dtype):
     images, labels = script.as_tensors(train_set)
     model = AirbenchNet()
     model.init_whiten(images)
-    model.to(device)
+    script.to_device(model, device)
     batches = script.TrainingBatches(images, labels, AIRBENCH_BATCH, 0, device)
     steps = batches.per_epoch
     autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
-    if device != "mps":  # as the script does
-        model.to(memory_format=torch.channels_last)
-    optimizers, _ = script.make_optimizers(model, AIRBENCH_BATCH, steps, dtype)
+    average = script.AveragedModel(model)  # once an epoch, in airbench94_muon; here it isn't timed
+    average.update_parameters = lambda _: None
+
+    def batches_of_an_epoch():
+        for step, batch in enumerate(batches.epoch(32)):
+            model.whiten.bias.requires_grad_(step < 3 / 8 * steps)  # as in 3 epochs of the run's 8
+            yield batch
+
+    script.LABEL_SMOOTHING = 0.2
+    optimizers, schedulers = script.make_optimizers(model, AIRBENCH_BATCH, steps, dtype)
+    run = model, average, batches_of_an_epoch(), optimizers, schedulers, autocast
     start = time.perf_counter()
-    for step, (inputs, targets) in enumerate(batches.epoch(32)):
-        model.whiten.bias.requires_grad_(step < 3 / 8 * steps)  # as in 3 epochs of the run's 8
-        with autocast:
-            logits = model(inputs).float()
-        loss = F.cross_entropy(logits, targets, label_smoothing=0.2, reduction="sum")
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    last_loss = loss.item() / AIRBENCH_BATCH  # a GPU has finished when this can be read
+    loss, _ = script.train_epoch(*run)  # a GPU has finished when the loss can be read
     seconds = time.perf_counter() - start
-    print(f"  airbench94_muon: training loss {last_loss:.2f} in the end", file=sys.stderr)
+    print(f"  airbench94_muon: training loss {loss:.2f}", file=sys.stderr)
     return seconds * len(labels) / (steps * AIRBENCH_BATCH)  # some images may not fill a batch
 
 
@@ -185,18 +173,18 @@ def train_script(train_set, device, dtype, kind):
     script.SIZES = ((1.0, size),)
     script.FIRST_LAYER_PORTION = float(first_layer_learns)
     setup = script.set_up_training(train_set, 0, script.BATCH_SIZE, device)
-    return train_aside(setup, script.History(), epochs=1, device=device, dtype=dtype)
+    return train_aside(setup, epochs=1, device=device, dtype=dtype)[1]
 
 
-def train_aside(setup, history, **options):
-    """Train as the script does, but leave no model; return the seconds."""
+def train_aside(setup, **options):
+    """Train as the script does, but leave no model; return the best state and the seconds."""
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         start = time.perf_counter()
-        script.train(*setup, history, **options)
+        state = script.train(*setup, [], **options)
         seconds = time.perf_counter() - start
         os.chdir(ROOT)
-    return seconds
+    return state, seconds
 
 
 def learnt_first_layer(model, images, whiten=script.CIFARNet.init_whiten):
@@ -249,7 +237,8 @@ class DrawnMirror(script.TrainingBatches):
     """Each image is mirrored or not by chance, anew in each epoch."""
 
     def epoch(self, size):
-        self.mirrored = torch.rand(len(self.labels), generator=self.generator) < 0.5
+        mirrored = torch.rand(len(self.labels), generator=self.generator) < 0.5
+        self.mirrored = mirrored.to(self.device)
         yield from super().epoch(size)
 
 
@@ -312,37 +301,23 @@ def train_without(part, seed, train_set, device, dtype):
         setattr(place, attribute, replacement)
     # Recipes are compared on 5,000 images, more than a user's run has, so that the points mean
     # something: by chance alone, an accuracy on 2,000 images is off by half a point.
-    script.VALIDATION_PORTION = 0.1
+    script.VALIDATION_IMAGES = 5000
     setup = script.set_up_training(train_set, seed, script.BATCH_SIZE, device)
     model, _, validation = setup
-    history = script.History()
-    seconds = train_aside(setup, history, epochs=script.EPOCHS, device=device, dtype=dtype)
-    model.load_state_dict(history.best_state)
+    state, seconds = train_aside(setup, epochs=script.EPOCHS, device=device, dtype=dtype)
+    model.load_state_dict(state)
     _, loss, accuracy = script.evaluate(model.eval(), *validation, device)
     return {"accuracy": accuracy, "loss": loss, "seconds": seconds}
 
 
-def matmul_rate(device, dtype, size=2048):
-    """Return the TFLOP/s of a matrix product of this size at this moment."""
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a).sum().item()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds) / 1e12
-
-
-def count(model, shape, optimizers=()):
-    """Return the FLOPs for one image: forward, and with optimizers a whole training step.
+def count(model, shape, optimizers):
+    """Return the FLOPs of a training step for one image of a batch of this shape.
 
     Counted by torch on the meta device, which computes nothing.
     """
-    model, images = model.to("meta"), torch.zeros(shape, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(bool(optimizers)):
-        logits = model(images)
-        if optimizers:
-            F.cross_entropy(logits, torch.zeros(len(images), dtype=int, device="meta")).backward()
+    images = torch.zeros(shape, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -354,7 +329,7 @@ def count_plan(model, batch, images, plan):
 
     Images that don't fill a batch are left out of an epoch, as all these recipes do.
     """
-    model = model.to("meta").train()
+    model = model.to("meta")
     optimizers, _ = script.make_optimizers(model, batch, 1, torch.float32)
     flops = 0
     for epochs, size, bias_learns in plan:
@@ -366,35 +341,15 @@ def count_plan(model, batch, images, plan):
 
 def print_work():
     """Count and print the FLOPs of the original, the script and the two published recipes."""
-    shape = ORIGINAL_BATCH, 3, 32, 32
-    training, validation = script.EPOCHS * TRAINING_IMAGES, script.EPOCHS * VALIDATION_IMAGES
     net = original_net().to("meta")
-    flops = training * count(net.train(), shape, [torch.optim.Adam(net.parameters())])
-    print_flops("the original", script.EPOCHS, flops, validation * count(net.eval(), shape))
-
-    model = script.CIFARNet()
-    flops = count_plan(model, script.BATCH_SIZE, TRAINING_IMAGES, PLAN)
-    model.forward = model.look  # validation takes one look at each image
-    print_flops("the script", script.EPOCHS, flops, validation * count(model.eval(), shape))
-
-    flops = count_plan(AirbenchNet(), AIRBENCH_BATCH, IMAGES, AIRBENCH_PLAN)
-    print_flops("airbench94_muon", 8, flops)
-    flops = count_plan(AirbenchNet(), E1_BATCH, IMAGES, E1_PLAN)
-    print_flops("E1 of cifar-10-speedrun", 8.875, flops)
-
-
-def print_flops(recipe, epochs, training, validation=0):
-    """Print a row: a recipe and its FLOPs."""
-    row = f"{recipe:24} {epochs:6g} epochs: {training / 1e15:.3f} PFLOP to train"
-    print(row + (f", {validation / 1e15:.3f} to validate" if validation else ""))
-
-
-def peak_memory(children=False):
-    """Return the peak of this process, or the largest of its children that ended, in GiB."""
-    if resource is None:
-        return math.nan
-    who = resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF
-    return resource.getrusage(who).ru_maxrss * RSS_UNIT / 2**30
+    an_image = count(net, (ORIGINAL_BATCH, 3, 32, 32), [torch.optim.Adam(net.parameters())])
+    ours = count_plan(script.CIFARNet(), script.BATCH_SIZE, TRAINING_IMAGES, PLAN)
+    airbench = count_plan(AirbenchNet(), AIRBENCH_BATCH, IMAGES, AIRBENCH_PLAN)
+    e1 = count_plan(AirbenchNet(), E1_BATCH, IMAGES, E1_PLAN)
+    print(f"the original, 10 epochs: {10 * TRAINING_IMAGES * an_image / 1e15:.3f} PFLOP to train")
+    print(f"the script, {script.EPOCHS} epochs: {ours / 1e15:.3f} PFLOP to train")
+    print(f"airbench94_muon, 8 epochs: {airbench / 1e15:.3f} PFLOP to train")
+    print(f"E1 of cifar-10-speedrun, 8.875 epochs: {e1 / 1e15:.3f} PFLOP to train")
 
 
 def measure(what, device, dtype, part, seed):
@@ -402,6 +357,7 @@ def measure(what, device, dtype, part, seed):
     train_set, _ = script.load_cifar10(ROOT / "data")
     images = round(part * len(train_set.data))
     train_set.data, train_set.targets = train_set.data[:images], train_set.targets[:images]
+    script.VALIDATION_IMAGES = round(part * script.VALIDATION_IMAGES)
     if what.startswith("without "):
         without = what.removeprefix("without ")
         print(json.dumps(train_without(without, seed, train_set, device, dtype)))
@@ -411,8 +367,7 @@ def measure(what, device, dtype, part, seed):
         seconds = train_epoch(train_set, device, dtype)
     else:
         seconds = train_script(train_set, device, dtype, what)
-    peak, rate = peak_memory(), matmul_rate(device, dtype)
-    print(json.dumps({"seconds": seconds / part, "matmul": rate, "peak": peak}))
+    print(json.dumps({"seconds": seconds / part}))
 
 
 def child(arguments, what, seed=0):
@@ -433,12 +388,7 @@ def compare_speed(arguments):
         for kind, measured in results.items():
             result = child(arguments, kind)
             measured.append(result["seconds"])
-            print(
-                f"turn {turn + 1}: {other if kind == arguments.beside else kind:38} "
-                f"{result['seconds']:6.1f} s an epoch, matmul {result['matmul']:.2f} TFLOP/s, "
-                f"peak {result['peak']:.2f} GiB",
-                flush=True,
-            )
+            print(f"turn {turn + 1}: {kind:40} {result['seconds']:6.1f} s an epoch", flush=True)
     ours = [sum(results[epoch][turn] for epoch in epochs) for turn in range(arguments.turns)]
     theirs = [other_epochs * seconds for seconds in results[arguments.beside]]
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
@@ -477,57 +427,23 @@ def row_of(part, runs, whole):
     return f"| {part} | {accuracy} | {difference} | {loss} | {time_ratio:.2f} |"
 
 
-def full_run(arguments, seed):
-    """Run the script as a user does, in an empty folder; return what it printed and took."""
-    forced = f"import torch; torch.cpu.get_capabilities = dict; {RUN_AS_PROGRAM}"
-    command = [sys.executable, "-c", forced] if arguments.fp32 else [sys.executable]
-    command += [str(ROOT / "pytorchpractice.py"), "--device", arguments.device]
-    command += ["--seed", str(seed), "--data", str(ROOT / "data")]
-    start = last_epoch = time.perf_counter()
-    losses, seconds, accuracy = [], [], None
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as run,
-    ):
-        for line in run.stdout:
-            print(f"  seed {seed}: {line}", end="", file=sys.stderr, flush=True)
-            if row := EPOCH.match(line):
-                losses.append(float(row[1]))
-                seconds.append(float(row[2]))
-                last_epoch = time.perf_counter()
-            elif found := re.search(r"test set.* accuracy ([\d.]+)%", line):
-                accuracy = float(found[1])
-    if accuracy is None:
-        sys.exit(f"seed {seed} failed")
-    return {
-        "loss": min(losses),
-        "accuracy": accuracy,
-        "seconds": sum(seconds),
-        "start": last_epoch - start - sum(seconds),
-        "end": time.perf_counter() - last_epoch,
-    }
-
-
-RUN_AS_PROGRAM = (
-    "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-)
-
-
 def compare_seeds(arguments):
-    """Print the results of full default runs of the script, one a seed."""
+    """Run the script as a user does, in an empty folder, once a seed; print what it reports."""
     accuracies = []
     for seed in range(arguments.seeds):
-        run = full_run(arguments, seed)
-        accuracies.append(run["accuracy"])
-        print(
-            f"seed {seed}: validation loss {run['loss']:.4f}, test accuracy {run['accuracy']:.2f} "
-            f"%, {run['seconds']:.0f} s of epochs, {run['start']:.0f} s before, {run['end']:.0f} s "
-            "after",
-            flush=True,
-        )
-    mean, peak = statistics.mean(accuracies), peak_memory(children=True)
+        command = [sys.executable, ROOT / "pytorchpractice.py", "--device", arguments.device]
+        command += ["--seed", str(seed), "--data", ROOT / "data"]
+        with tempfile.TemporaryDirectory() as folder:
+            run = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+        print(run.stdout, file=sys.stderr)
+        accuracies.append(float(re.search(r"test set.* accuracy ([\d.]+)%", run.stdout)[1]))
+        seconds = re.search(r"total time (\d+) s", run.stdout)[1]
+        print(f"seed {seed}: test accuracy {accuracies[-1]:.2f} %, {seconds} s in all", flush=True)
     spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-    print(f"\n{len(accuracies)} seeds: {mean:.2f} % ± {spread:.2f}, peak {peak:.2f} GiB")
+    print(f"\n{len(accuracies)} seeds: {statistics.mean(accuracies):.2f} % ± {spread:.2f}")
+    if resource:
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * RSS_UNIT / 2**30
+        print(f"peak memory: {peak:.2f} GiB")
 
 
 def main():
@@ -536,8 +452,7 @@ def main():
     parser.add_argument("--work", action="store_true", help="count FLOPs, run nothing")
     parser.add_argument("--beside", choices=BESIDE, default="original", help="for the speed")
     parser.add_argument("--seeds", type=int, help="make full runs with this many seeds")
-    choices = ["", "all", *PARTS]
-    parser.add_argument("--without", nargs="?", const="", choices=choices, help="a part's name")
+    parser.add_argument("--without", choices=["all", *PARTS], help="a part of the recipe")
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--turns", type=int, default=3, help="epochs of each kind, alternating")
     parser.add_argument("--part", type=float, default=1.0, help="of the images; airbench: >= 0.04")
@@ -550,8 +465,6 @@ def main():
         measure(arguments.measure, arguments.device, dtype, arguments.part, arguments.seed)
     elif arguments.work:
         print_work()
-    elif arguments.without == "":
-        print("\n".join(PARTS))
     elif arguments.without:
         compare_parts(arguments)
     elif arguments.seeds:

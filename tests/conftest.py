@@ -1,6 +1,5 @@
 """What the tests share: the sample of real images, and ways to run the script on it."""
 
-import runpy
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +18,8 @@ import run_on_sample
 import pytorchpractice as script
 
 MODEL = "nnmodel_cifar10.pt"
+GRID = "figures/test_images_pred_actual.png"
+CURVES = ["figures/nnmodel_accuracy.png", "figures/nnmodel_loss.png"]
 matplotlib.use("svg")  # it opens no windows, and isn't what the script would choose
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
@@ -44,6 +45,12 @@ def full_data():
         pytest.skip(f"this test needs all 60,000 images: {error}")
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """Let the net be narrow, which is faster, above all in bfloat16 without the hardware."""
+    monkeypatch.setattr(script, "WIDTHS", (8, 32, 32))
+
+
 def random_model(seed=0):
     """Return an untrained CIFARNet, its weights drawn with the seed."""
     torch.manual_seed(seed)
@@ -51,11 +58,9 @@ def random_model(seed=0):
 
 
 def train(train_set, *, epochs, batch_size=30, seed=0, device="cpu", dtype=torch.float32):
-    """Set up and train as the script does, into the current folder; return the history."""
-    setup = script.set_up_training(train_set, seed, batch_size, device)
-    history = script.History()
-    script.train(*setup, history, epochs=epochs, device=device, dtype=dtype)
-    return history
+    """Set up and train as the script does, into this folder; return history and best state."""
+    setup, history = script.set_up_training(train_set, seed, batch_size, device), []
+    return history, script.train(*setup, history, epochs=epochs, device=device, dtype=dtype)
 
 
 def assert_loads(path):
@@ -89,18 +94,30 @@ def arguments_on_sample(*arguments):
 
 
 @pytest.fixture
-def run_here(expect_sample, in_folder, monkeypatch, capsys):
-    """Return a function that runs the script in this process and folder: (exit code, output)."""
+def run_main(expect_sample, narrow, in_folder, capsys):
+    """Return a function that calls main, with a narrow net; it returns what main printed."""
+
+    def run(*arguments):
+        script.main(arguments_on_sample(*arguments))
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def run_program(expect_sample, narrow, in_folder, monkeypatch, capsys):
+    """Return a function that runs the script as a program, with a narrow net: (code, output)."""
+    source = (ROOT / "pytorchpractice.py").read_text(encoding="utf-8")
+    source = source.replace("\nWIDTHS = (64, 224, 448)", f"\nWIDTHS = {script.WIDTHS}")
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["pytorchpractice.py", *arguments_on_sample(*arguments)])
         code = 0
         try:
-            runpy.run_path(str(ROOT / "pytorchpractice.py"), run_name="__main__")
+            exec(source, {"__name__": "__main__"})  # noqa: S102 - the script, as it stands
         except SystemExit as stop:
             code = stop.code
         output = "".join(capsys.readouterr())
         return (1, f"{output}{code}\n") if isinstance(code, str) else (code, output)
 
-    run.read = lambda: "".join(capsys.readouterr())
     return run

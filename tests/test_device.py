@@ -1,6 +1,7 @@
-"""Device: what is chosen, and that training on it is the training on the CPU."""
+"""Device: what is chosen, and that it trains as the CPU does. Checkpoint: what is refused."""
 
 import contextlib
+import io
 
 import pytest
 import torch
@@ -13,9 +14,8 @@ import pytorchpractice as script
 @pytest.mark.parametrize(
     ("offered", "error", "devices", "note"),
     [
-        ("mps", None, ["mps", "cpu"], None),
-        ("cuda", None, ["cuda", "cpu"], None),
-        ("cuda", "No driver. See", ["cpu"], "GPU not used: No driver"),
+        ("mps", None, ["mps", "cpu"], "GPU found"),
+        ("cuda", None, ["cuda", "cpu"], "GPU found"),
         ("cuda", "No kernel\nSee", ["cpu"], "GPU not used: No kernel"),
         ("xpu", None, ["cpu"], "GPU not used: this torch is made for xpu"),
         (None, None, ["cpu"], "GPU not used: this torch is made for the CPU alone"),
@@ -38,8 +38,15 @@ def test_the_gpu_is_taken_if_it_works_and_else_explained(
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: accelerator)
     monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setattr(torch.Tensor, "item", read)
-    assert script.find_devices() == (devices, [note] if note else [])
-    assert script.parse_arguments([], devices).device == devices[0]
+    assert script.find_devices() == (devices, note)
+    assert script.parse_arguments([], devices, note).device == devices[0]
+
+
+def test_a_device_that_is_asked_for_and_does_not_work_is_told_with_the_reason(capsys):
+    with pytest.raises(SystemExit):
+        script.parse_arguments(["--device", "cuda"], ["cpu"], "GPU not used: No driver")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith("error: no cuda here, only cpu. GPU not used: No driver")
 
 
 @pytest.mark.parametrize("name", ["amx_bf16", "avx512_bf16", "bf16"])
@@ -49,14 +56,11 @@ def test_bfloat16_is_chosen_only_where_a_cpu_is_known_to_have_it(monkeypatch, na
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
         return script.choose_precision("cpu")
 
-    no_bfloat16 = torch.float32, "bfloat16 would be emulated, many times slower"
+    no_bfloat16 = torch.float32, "bfloat16 would be many times slower here"
     assert precision(True, avx2=True, **{name: True})[0] == torch.bfloat16
     assert precision(False, avx2=True, **{name: True}) == no_bfloat16
     assert precision(True, avx2=True, **{name: False}) == no_bfloat16
-    assert script.choose_precision("mps") == (
-        torch.float32,
-        "bfloat16 gains nothing on Apple's GPUs",
-    )
+    assert script.choose_precision("mps")[0] == torch.float32
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
@@ -88,7 +92,7 @@ def test_float16_needs_no_loss_scaling(sample, monkeypatch):
     assert (half - exact).norm() < min(0.1 * exact.norm(), (brain - exact).norm())
 
 
-def test_no_tensor_stays_behind_on_another_device(sample, in_folder, monkeypatch):
+def test_no_tensor_stays_behind_on_another_device(sample, narrow, in_folder, monkeypatch):
     """On the meta device, an operation that mixes in a CPU tensor fails; what is read is nan."""
     to_cpu = torch.Tensor.cpu
 
@@ -98,7 +102,7 @@ def test_no_tensor_stays_behind_on_another_device(sample, in_folder, monkeypatch
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(torch.Tensor, "cpu", read)
     monkeypatch.setattr(torch.Tensor, "item", lambda _: torch.nan)
-    with pytest.raises(script.RunError, match="not finite in epoch 1"):  # after the validation
+    with pytest.raises(FloatingPointError, match="not finite in epoch 1"):  # after the validation
         train(sample[0], epochs=2, device="meta")
 
 
@@ -132,7 +136,9 @@ def test_a_training_step_on_the_device_is_that_of_the_cpu(device, sample):
         assert (on_device - on_cpu).norm() < 0.02 * on_cpu.norm()
 
 
-def test_what_is_trained_on_the_device_predicts_the_same_on_the_cpu(device, sample, in_folder):
+def test_what_is_trained_on_the_device_predicts_the_same_on_the_cpu(
+    device, sample, narrow, in_folder
+):
     train(sample[0], epochs=2, device=device, dtype=script.choose_precision(device)[0])
     assert_loads(MODEL)
     data = script.as_tensors(sample[1])
@@ -140,3 +146,32 @@ def test_what_is_trained_on_the_device_predicts_the_same_on_the_cpu(device, samp
     here, loss_here, _ = script.evaluate(script.load_model(MODEL).look, *data, "cpu")
     assert (here.softmax(1) - there.softmax(1)).abs().max() < 0.02
     assert loss_here == pytest.approx(loss, rel=3e-3)
+
+
+STATE = random_model().state_dict()
+WHOLE = io.BytesIO()
+torch.save(STATE, WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "FileNotFoundError"),
+        (b"<!DOCTYPE html><html><body>Not found</body></html>", "UnpicklingError"),
+        (b"", "EOFError"),
+        (WHOLE.getvalue()[:100_000], "RuntimeError"),
+        (random_model(), "UnpicklingError"),  # a whole model may run code when it is loaded
+        ({"epoch": 3, "state_dict": {}}, "KeyError"),
+        ({**STATE, "head.weight": torch.zeros(10, 32)}, "size mismatch for head.weight"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_in_one_short_line(tmp_path, content, reason):
+    path = tmp_path / MODEL
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(OSError, match=f"no model in {path}, so train.*{reason}") as failure:
+        script.load_model(path)
+    assert len(str(failure.value).splitlines()) == 1
+    assert len(str(failure.value)) < 200 + len(str(path))
