@@ -18,8 +18,6 @@ import run_on_sample
 import pytorchpractice as script
 
 MODEL = "nnmodel_cifar10.pt"
-GRID = "figures/test_images_pred_actual.png"
-CURVES = ["figures/nnmodel_accuracy.png", "figures/nnmodel_loss.png"]
 matplotlib.use("svg")  # it opens no windows, and isn't what the script would choose
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
@@ -77,10 +75,8 @@ def assert_loads(path):
 @pytest.fixture
 def in_folder(tmp_path, monkeypatch):
     """Work in an empty folder of this test's own; return it."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def files(folder):
