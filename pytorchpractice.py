@@ -70,7 +70,7 @@ MAX_SHIFT = 2  # each training image is shifted at random, by at most this many 
 
 # Progressive resizing: small images take less time, and they show the coarse shapes that a net
 # learns first anyway. So images are 16 pixels wide until 0.2 of the run is over, then 24 until 0.6,
-# and then 32. The net halves them three times, so take multiples of 8, from 16 on.
+# and then 32. Take multiples of 8, from 16 on: of 32 pixels, the net leaves 3, of 16 just 1.
 SIZES = ((0.2, 16), (0.6, 24), (1.0, 32))
 
 # The net is asked to give 91 % to the right class and 1 % to each other class, not 100 % and 0 %.
@@ -79,7 +79,7 @@ LABEL_SMOOTHING = 0.1
 FIRST_LAYER_PORTION = 0.3  # the first layer's bias learns until this part of the run is over
 AVERAGED_EPOCHS = 0.5  # the saved weights are an average over past steps: half an epoch, roughly
 
-# Learning rates. SGD's can't be compared with other scripts', whose loss is a mean, not a sum.
+# Learning rates. SGD's differ from those in other scripts, as the loss here is a sum, not a mean.
 MUON_LR = 0.045  # Muon's, for the convolutions and batches of 250; try 0.03 to 0.06
 BIAS_LR = 0.053  # SGD's, for the biases and the scale in each block; try 0.035 to 0.08
 HEAD_LR = 0.67  # SGD's, for the last layer; try 0.45 to 1
@@ -114,8 +114,8 @@ class Block(nn.Module):
 
     def __init__(self, channels_in, channels_out):
         super().__init__()
-        # A 2x2 kernel takes less than half the work of a 3x3 kernel. Then 2x2 of its results are
-        # pooled into one, which so depends on 3x3 pixels after all. Without padding, the sides of
+        # A 2x2 kernel takes less than half the work of a 3x3 kernel. The pooling after it makes one
+        # result of 2x2, and this one depends on 3x3 pixels after all. Without padding, the sides of
         # 31, 15 and 7 pixels become one pixel shorter, so that the pooling can halve them.
         self.conv1, self.norm1 = conv_norm(channels_in, channels_out, 2, "valid")
         # A 3x1 kernel and then a 1x3 kernel cover 3x3 pixels, with two thirds of the work.
@@ -195,14 +195,14 @@ class CIFARNet(nn.Module):
     def look(self, images):
         """Return the logits of the images after a single look at each."""
         x = (images - self.mean) / self.std  # (N, 3, 32, 32), or smaller during training
-        # GELU lets less of the negative through than SiLU. Here nothing is lost by that: what one
-        # filter gives as negative, the opposite filter gives as positive.
+        # GELU lets less of the negative through than SiLU, and did a little better here. Nothing is
+        # lost by it: what one filter gives as negative, the opposite filter gives as positive.
         x = F.gelu(self.whiten(x))  # (N, 24, 31, 31)
         x = self.blocks(x)  # (N, 64, 15, 15), then (N, 224, 7, 7), then (N, 448, 3, 3)
         x = x.amax((2, 3)) + x.mean((2, 3))  # (N, 448): maximum and mean of the 3x3 pixels
 
-        # The sum of 448 products would be large. Divided by 448, all logits start near 0, so that
-        # the untrained net finds all classes about equally likely.
+        # A sum of 448 products is large. Divided by their number, logits start near 0, whatever the
+        # width is. So the untrained net finds all classes about equally likely.
         return self.head(x) / x.shape[1]  # (N, n_classes)
 
     def forward(self, images):
@@ -243,8 +243,9 @@ class TrainingBatches:
         side = round(self.padded.shape[3] * size / 32)
         resized = resize(self.padded, [side, side])
 
-        # 2) A crop of size x size pixels is a shifted image. Make a table of all crops; this copies
-        # no pixel. crops[i, :, y, x] is the crop of image i that begins in row y and column x.
+        # 2) A crop of size x size pixels is a shifted image. Make a table of all crops, of shape
+        # (N, 3, rows, columns, size, size). It is a view, which copies no pixel. In it,
+        # crops[i, :, y, x] is the crop of image i that begins in row y and column x.
         crops = resized.to(self.device).unfold(2, size, 1).unfold(3, size, 1)
 
         # 3) Draw the order of the images, and for each image the row and column of its crop.
@@ -272,8 +273,8 @@ class TrainingBatches:
 # a sum of directions in which the filters could change, each with a strength (in algebra, its
 # singular value). A few directions that many images ask for are strong, and SGD moves mostly along
 # these. The others, which only some images ask for, hardly get a chance. Muon makes all strengths
-# more equal. (Quite equal, they would make the matrix orthogonal.) People think that this is why
-# it learns faster, but nobody has proved it.
+# more equal. (If all were 1, the matrix would be orthogonal.) People think that this is why it
+# learns faster, but nobody has proved it.
 def orthogonalize(matrix, dtype, iterations=3):
     """Return the sum of the same directions, but with strengths that are much more equal.
 
@@ -332,7 +333,7 @@ def make_optimizers(model, batch_size, total, dtype):
     muon = Muon(convolutions, MUON_LR * math.sqrt(batch_size / 250), MOMENTUM, dtype)
 
     # The loss is a sum over the batch, so the weight decay grows with the batch as well. SGD will
-    # multiply it by the rate. Dividing by that here lets you tune the two apart.
+    # multiply it by the rate. Divided by the rate here, it stays the same if you change the rate.
     decay = WEIGHT_DECAY * batch_size
     groups = [
         {"params": vectors, "lr": BIAS_LR, "weight_decay": decay / BIAS_LR},
@@ -370,7 +371,7 @@ def train_epoch(model, average, batches, optimizers, schedulers, autocast):
             scheduler.step()
         average.update_parameters(model)
 
-        # 3) Record the mean loss, this time without label smoothing.
+        # 3) Record the mean loss, without label smoothing, to compare it with that of validation.
         losses.append(F.cross_entropy(logits.detach(), labels))
         accuracies.append((logits.argmax(1) == labels).float().mean())
     return torch.stack(losses).mean().item(), torch.stack(accuracies).cpu()
@@ -383,33 +384,6 @@ def evaluate(predict, images, labels, device):
     logits = torch.cat([predict(part.to(device).float() / 255).float().cpu() for part in parts])
     accuracy = (logits.argmax(1) == labels).float().mean().item()
     return logits, F.cross_entropy(logits, labels).item(), accuracy
-
-
-def fit_temperature(logits, labels):
-    """Return the number by which to divide the logits, to get the lowest loss on these labels.
-
-    Temperature scaling (arXiv:1706.04599): label smoothing has taught the net to be less sure than
-    it could be. Dividing, mostly by less than 1, puts that right. What is fitted on one look at
-    each image turned out to suit the mean of four looks, too.
-    """
-    temperatures = torch.linspace(0.2, 2, 181)  # 0.20, 0.21, 0.22 and so on
-    return min(temperatures, key=lambda t: F.cross_entropy(logits / t, labels))
-
-
-def moving_average(model, steps):
-    """Return an average of the model over its last steps. `steps` is their number in an epoch."""
-    # Each step overshoots a little, in a direction that depends on its batch. An average of many
-    # steps is usually nearer to the goal. It is an exponential moving average (EMA): after each
-    # step, average = kept * average + (1 - kept) * weights. In a default run, kept is 96 / 97.
-    # Buffers are averaged too, above all BatchNorm's means and variances, which eval mode uses.
-    kept = 1 - 1 / (1 + AVERAGED_EPOCHS * steps)
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(kept), use_buffers=True)
-
-
-def image_sizes(epochs):
-    """Return each epoch's image size: for ten, 16, 16, 24, 24, 24, 24, 32, 32, 32 and 32."""
-    middles = [(epoch + 0.5) / epochs for epoch in range(epochs)]  # 0 is the start, 1 the end
-    return [next(size for end, size in SIZES if middle < end) for middle in middles]
 
 
 def train(model, batches, validation, history, *, epochs, device, dtype):
@@ -457,7 +431,49 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
 
 
 # Around training ----------------------------------------------------------------------------------
-# Before the training, the images are split. During it, the best weights are saved.
+# First what `train` calls: image sizes, average, temperature, file. Then how a run is set up.
+def image_sizes(epochs):
+    """Return each epoch's image size: for ten, 16, 16, 24, 24, 24, 24, 32, 32, 32 and 32."""
+    middles = [(epoch + 0.5) / epochs for epoch in range(epochs)]  # 0 is the start, 1 the end
+    return [next(size for end, size in SIZES if middle < end) for middle in middles]
+
+
+def moving_average(model, steps):
+    """Return an average of the model over its last steps. An epoch has `steps` of them."""
+    # Each step overshoots a little, in a direction that depends on its batch. An average of many
+    # steps is usually nearer to the goal. It is an exponential moving average (EMA): after each
+    # step, average = kept * average + (1 - kept) * weights. In a default run, kept is 96 / 97.
+    # Buffers are averaged too, above all BatchNorm's means and variances, which eval mode uses.
+    kept = 1 - 1 / (1 + AVERAGED_EPOCHS * steps)
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(kept), use_buffers=True)
+
+
+def fit_temperature(logits, labels):
+    """Return the number by which to divide the logits, to get the lowest loss on these labels.
+
+    Temperature scaling (arXiv:1706.04599): label smoothing has taught the net to be less sure than
+    it could be. Dividing, mostly by less than 1, puts that right. What is fitted on one look at
+    each image turned out to suit the mean of four looks, too.
+    """
+    temperatures = torch.linspace(0.2, 2, 181)  # 0.20, 0.21, 0.22 and so on
+    return min(temperatures, key=lambda t: F.cross_entropy(logits / t, labels))
+
+
+def save(model, path):
+    """Save and return a model's state_dict, all weights and buffers by name. Raises OSError."""
+    state = {n: t.to("cpu", copy=True).contiguous() for n, t in model.state_dict().items()}
+    content = io.BytesIO()  # not a file, since torch.save wouldn't say that the disk is full
+    torch.save(state, content)
+    # The old file stays until the new one is whole, even if the script is killed meanwhile.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # each run has its own
+    try:
+        temporary.write_bytes(content.getvalue())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return state
+
+
 def as_tensors(dataset):
     """Return a dataset's images, uint8 (N, 3, 32, 32), and labels, int64 (N,)."""
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
@@ -481,24 +497,9 @@ def set_up_training(train_set, seed, batch_size, device):
 
 def to_device(model, device):
     """Move a model to a device, in the memory layout that is fastest there."""
-    # channels_last keeps the channels of a pixel together. Apple's GPUs have bugs with that.
+    # channels_last keeps a pixel's channels together. On Apple's GPUs, torch has bugs with it.
     layout = torch.contiguous_format if device == "mps" else torch.channels_last
     return model.to(device, memory_format=layout)
-
-
-def save(model, path):
-    """Save a model's state_dict: all its weights and buffers, by name. Return it, too."""
-    state = {n: t.to("cpu", copy=True).contiguous() for n, t in model.state_dict().items()}
-    content = io.BytesIO()  # not a file, since torch.save wouldn't say that the disk is full
-    torch.save(state, content)
-    # The old file stays until the new one is whole, even if the script is killed meanwhile.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # each run has its own
-    try:
-        temporary.write_bytes(content.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return state
 
 
 # ==================================================================================================
@@ -711,9 +712,9 @@ def parse_arguments(argv, devices, gpu_note):
 
 def train_new_model(model, batches, validation, dtype, args):
     """Train a model, draw its curves, and return it as it was after its best epoch."""
-    history, where = [], {"device": args.device, "dtype": dtype}
+    history, options = [], {"epochs": args.epochs, "device": args.device, "dtype": dtype}
     try:
-        best_state = train(model, batches, validation, history, epochs=args.epochs, **where)
+        best_state = train(model, batches, validation, history, **options)
     finally:  # Ctrl-C ends the training, but the epochs until then are drawn
         print()
         if history:
@@ -729,7 +730,7 @@ def test(model, test_set, args):
     logits, loss, accuracy = evaluate(model, images, labels, args.device)
     score = f"accuracy {accuracy:.2%}, mean confidence {logits.softmax(1).amax(1).mean():.2%}"
     print(f"\ntest set, {len(labels):,} images: loss {loss:.4f}, {score}")
-    # The project that this script rewrites reported its best batch, so here is ours, to compare.
+    # PyTorch_Exploration, of which this is a rewrite, reported its best test batch. Here is ours.
     hits = (logits.argmax(1) == labels).float()
     n = min(args.batch_size, len(hits))
     best = hits.unfold(0, n, n).mean(1).max()

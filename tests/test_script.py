@@ -52,7 +52,7 @@ def test_says_what_it_runs_on_and_prints_one_plain_row_an_epoch_in_80_columns(fi
     head, _, rest = finished[1].partition("data:")
     for words in (f"torch {torch.__version__}", "torchvision", "Python", "threads", "GPU"):
         assert words in head
-    assert re.search(r"^device \w+, training in (bfloat16|float32): .+", head, re.MULTILINE)
+    assert re.search(r"^device \w+, training in (bfloat16|float16|float32): .+", head, re.MULTILINE)
     assert [row["epoch"] for row in ROW.finditer(rest)] == ["1", "2"]
     assert not {"\r", "\033"} & set(rest)
     assert max(map(len, rest[rest.index("epoch ") :].splitlines())) <= 80
