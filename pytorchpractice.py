@@ -10,12 +10,12 @@ A run saves the net in nnmodel_cifar10.pt and draws three figures. To use the ne
     from pytorchpractice import load_model
     logits = load_model("nnmodel_cifar10.pt")(images)  # float32 in [0, 1], shape (N, 3, 32, 32)
 
-This is the plan, with the section that says more. Everything else refines it, or is plumbing:
+This is the plan. At the right stands the section of this file in which to read more:
 
     for each epoch:
         for each batch of photos, shuffled, shifted and mirrored:         Batches
-            let the net guess, and compute the loss: how wrong it is      Model
-            change its weights a little, so that the loss falls           Optimizers
+            let the net guess what they show                              Model
+            change its weights a little, so that it guesses better        Optimizers
         score the net on other photos; if it is the best, save it         Training
 
 On a first reading, you can skip the two hardest parts, whitening (init_whiten) and Muon. A table in
@@ -70,7 +70,7 @@ MAX_SHIFT = 2  # each training image is shifted at random, by at most this many 
 
 # Progressive resizing: small images take less time, and they show the coarse shapes that a net
 # learns first anyway. So images are 16 pixels wide until 0.2 of the run is over, then 24 until 0.6,
-# and then 32. Take multiples of 8, from 16 on: of 32 pixels, the net leaves 3, of 16 just 1.
+# and then 32. In the net, 32 pixels become 31, 15, 7 and 3. Only multiples of 8, from 16 on, do so.
 SIZES = ((0.2, 16), (0.6, 24), (1.0, 32))
 
 # The net is asked to give 91 % to the right class and 1 % to each other class, not 100 % and 0 %.
@@ -452,8 +452,8 @@ def fit_temperature(logits, labels):
     """Return the number by which to divide the logits, to get the lowest loss on these labels.
 
     Temperature scaling (arXiv:1706.04599): label smoothing has taught the net to be less sure than
-    it could be. Dividing, mostly by less than 1, puts that right. What is fitted on one look at
-    each image turned out to suit the mean of four looks, too.
+    it could be. Dividing, mostly by less than 1, puts that right, and no answer changes. What is
+    fitted on one look at each image turned out to suit the mean of four looks, too.
     """
     temperatures = torch.linspace(0.2, 2, 181)  # 0.20, 0.21, 0.22 and so on
     return min(temperatures, key=lambda t: F.cross_entropy(logits / t, labels))
@@ -730,7 +730,7 @@ def test(model, test_set, args):
     logits, loss, accuracy = evaluate(model, images, labels, args.device)
     score = f"accuracy {accuracy:.2%}, mean confidence {logits.softmax(1).amax(1).mean():.2%}"
     print(f"\ntest set, {len(labels):,} images: loss {loss:.4f}, {score}")
-    # PyTorch_Exploration, of which this is a rewrite, reported its best test batch. Here is ours.
+    # The project that this rewrites reported its luckiest batch, which flatters. Here is ours.
     hits = (logits.argmax(1) == labels).float()
     n = min(args.batch_size, len(hits))
     best = hits.unfold(0, n, n).mean(1).max()
@@ -746,7 +746,7 @@ def test(model, test_set, args):
 def main(argv=()):
     """Train a model, or load the one that is saved, and test it."""
     start = time.perf_counter()
-    if torch.__version__ < "2.11":  # compared as versions: 2.9 is older, 2.14 is newer
+    if torch.__version__ < "2.11":  # torch compares versions, not text: 2.9 is older
         raise ImportError(f"needs torch 2.11 or newer, and this is {torch.__version__}")
     devices, gpu_note = find_devices()
     args = parse_arguments(argv, devices, gpu_note)
