@@ -206,7 +206,7 @@ class CIFARNet(nn.Module):
         return self.head(x) / x.shape[1]  # (N, n_classes)
 
     def forward(self, images):
-        """Return the logits. In eval mode, they are the mean of four looks at each image."""
+        """Return the logits. In eval mode: the mean of four looks, divided by the temperature."""
         if self.training:
             return self.look(images)
         # Test-time augmentation: a mirrored or shifted image shows the same object, but the net
@@ -278,10 +278,10 @@ class TrainingBatches:
 def orthogonalize(matrix, dtype, iterations=3):
     """Return the sum of the same directions, but with strengths that are much more equal.
 
-    Three iterations turn strengths of 1, 0.3, 0.1 and 0.01 into 0.72, 0.97, 0.71 and 0.40. Which
-    is largest doesn't matter, as long as none is left far behind. Each iteration replaces a
-    strength s by a * s + b * s^3 + c * s^5. That takes only products: if matrix has strengths s,
-    matrix @ matrix.T @ matrix has strengths s^3, in the same directions.
+    After a division by the norm, three iterations turn strengths of 1, 0.3, 0.1 and 0.01 into 0.72,
+    0.97, 0.71 and 0.40. Which is largest doesn't matter, as long as none is left far behind. Each
+    iteration replaces a strength s by a * s + b * s^3 + c * s^5. That takes only products: if a
+    matrix has strengths s, matrix @ matrix.T @ matrix has s^3, in the same directions.
     """
     # Muon's author searched for these three numbers: small strengths grow 3.4-fold in an iteration,
     # and larger ones end up between 0.68 and 1.21.
@@ -414,7 +414,6 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
             logits, validation_loss, accuracy = evaluate(averaged_model.look, *validation, device)
         if not math.isfinite(loss + validation_loss):
             raise FloatingPointError(f"the loss is not finite in epoch {epoch}: lower the rates")
-        history.append((loss, validation_loss, accuracies))
 
         # 3) Save the best. The loss tells more than the accuracy: it counts how sure the net is.
         mark = ""
@@ -422,6 +421,7 @@ def train(model, batches, validation, history, *, epochs, device, dtype):
             best_loss, mark = validation_loss, "saved"
             averaged_model.temperature.copy_(fit_temperature(logits, validation[1]))
             best_state = save(averaged_model, MODEL_PATH)
+        history.append((loss, validation_loss, accuracies))
 
         seconds = time.perf_counter() - epoch_start
         speed = steps * batches.batch_size / seconds
@@ -564,7 +564,7 @@ def load_cifar10(root):
 
 
 # Device and checkpoint ----------------------------------------------------------------------------
-# A GPU is used if torch can use it. If not, the reason is printed, since people want to know.
+# A GPU, "cuda" or "mps", is used if it works. If not, the reason is printed.
 def find_devices():
     """Return the devices that work, the best one first, and a note about the GPU."""
     gpu = torch.accelerator.current_accelerator()  # what this torch was built for
@@ -587,7 +587,7 @@ def choose_precision(device):
         features = torch.cpu.get_capabilities()
         has_bfloat16 = any(features.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
         if not (has_bfloat16 and torch.backends.mkldnn.is_available()):
-            return torch.float32, "bfloat16 would be many times slower here"
+            return torch.float32, "bfloat16 would be slower here"
     return torch.bfloat16, "the hardware computes in it"
 
 

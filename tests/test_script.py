@@ -222,7 +222,7 @@ def test_a_full_disk_ends_it_in_one_line_and_leaves_the_old_model(
     at_call(monkeypatch, "pathlib.Path.write_bytes", 1, no_room)
     assert_fails_in_one_line(run_program("--epochs", 1), "[Errno 28] No space left on device")
     assert (in_folder / MODEL).read_bytes() == earlier
-    assert files(in_folder) == [*CURVES, MODEL]
+    assert files(in_folder) == [MODEL]
 
 
 def test_a_loss_that_is_not_finite_ends_it_in_one_line(run_program, in_folder, monkeypatch):
