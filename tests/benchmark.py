@@ -47,10 +47,11 @@ import pytorchpractice as script
 
 IMAGES = 50_000  # of CIFAR-10, to train and to validate
 TRAINING_IMAGES = IMAGES - script.VALIDATION_IMAGES
-MIDDLES = [(epoch + 0.5) / script.EPOCHS for epoch in range(script.EPOCHS)]  # as in script.train
 # The parts of a plan are (epochs, size of the images, whether the bias of the first layer learns).
-SIZES = [next(size for end, size in script.SIZES if middle < end) for middle in MIDDLES]
-PLAN = [(1, s, m < script.FIRST_LAYER_PORTION) for s, m in zip(SIZES, MIDDLES, strict=True)]
+PLAN = [
+    (1, size, (epoch + 0.5) / script.EPOCHS < script.FIRST_LAYER_PORTION)  # as in script.train
+    for epoch, size in enumerate(script.image_sizes(script.EPOCHS))
+]
 ORIGINAL_BATCH = 128
 # Two published recipes.
 AIRBENCH_BATCH = 2_000  # airbench94_muon, in github.com/KellerJordan/cifar10-airbench
