@@ -2,28 +2,28 @@
 
 CIFAR-10 is a set of 60,000 photos in ten classes, from airplane to truck, each 32 pixels wide.
 
-    python pytorchpractice.py               fetch the photos, train for 10 epochs, test the net
+    python pytorchpractice.py               fetch them, train a net on them, test it, draw figures
     python pytorchpractice.py --evaluate    test the net that is saved in nnmodel_cifar10.pt
 
-A run saves the net in nnmodel_cifar10.pt and draws three figures. To use the net yourself:
+To use that net in your own program, on images, float32 (N, 3, 32, 32) in [0, 1]:
 
     from pytorchpractice import load_model
-    logits = load_model("nnmodel_cifar10.pt")(images)  # float32 in [0, 1], shape (N, 3, 32, 32)
+    logits = load_model("nnmodel_cifar10.pt")(images)
 
-This is the plan. At the right stands the section of this file in which to read more:
+At its heart is the loop that trains every net. The rest makes each of its lines better:
 
-    for each epoch:
-        for each batch of photos, shuffled, shifted and mirrored:         Batches
-            let the net guess what they show                              Model
-            change its weights a little, so that it guesses better        Optimizers
-        score the net on other photos; if it is the best, save it         Training
+    for images, labels in batches:             # Batches: they are shuffled, shifted and mirrored
+        logits = model(images)                 # Model: the net, and what each part of it is for
+        loss = cross_entropy(logits, labels)   # Training: how wrong the net was
+        loss.backward()                        # which way each weight should go, the gradient
+        optimizer.step()                       # Optimizers: how far the weights then go
 
-On a first reading, you can skip the two hardest parts, whitening (init_whiten) and Muon. A table in
-the README says how much accuracy each trick adds.
+On a first reading, skip whitening (init_whiten) and Muon, the two hardest parts, and all that comes
+after Testing. A table in the README says how much accuracy each idea adds.
 
-The net that comes with this file classifies 94.00 % of the 10,000 test photos correctly. It was
-trained in 13 minutes on two cores of an AMD EPYC (Linux, torch 2.14.1), which compute in bfloat16,
-numbers of 16 bits. In 32 bits it takes 1.4 times as long.
+The net that comes with this file names 94.00 % of the 10,000 test photos correctly. It was trained
+for 13 minutes on two cores of an AMD EPYC (Linux, torch 2.14.1), with numbers of 16 bits. With 32
+bits, it would have taken 1.4 times as long.
 """
 
 # `uv run pytorchpractice.py` reads here what it has to install:
@@ -33,6 +33,7 @@ numbers of 16 bits. In 32 bits it takes 1.4 times as long.
 # ///
 
 import argparse
+import copy
 import hashlib
 import io
 import json
@@ -58,7 +59,6 @@ from torchvision.transforms.v2.functional import resize
 
 # Settings -----------------------------------------------------------------------------------------
 # The numbers to play with. They were chosen on images held out from training, never on test images.
-
 MODEL_PATH = Path("nnmodel_cifar10.pt")
 FIGURES = Path("figures")
 
@@ -68,24 +68,24 @@ VALIDATION_IMAGES = 2000  # held out from the 50,000 training images, to tell wh
 WIDTHS = (64, 224, 448)  # channels of the net's three blocks; wider is better, but slower
 MAX_SHIFT = 2  # each training image is shifted at random, by at most this many pixels of 32
 
-# Progressive resizing: small images take less time, and they show the coarse shapes that a net
-# learns first anyway. So images are 16 pixels wide until 0.2 of the run is over, then 24 until 0.6,
-# and then 32. In the net, 32 pixels become 31, 15, 7 and 3. Only multiples of 8, from 16 on, do so.
+# Progressive resizing: small images take less time, and show the coarse shapes that a net learns
+# first anyway. They are 16 pixels wide until 0.2 of the run is over, then 24 until 0.6, then 32.
 SIZES = ((0.2, 16), (0.6, 24), (1.0, 32))
 
-# The net is asked to give 91 % to the right class and 1 % to each other class, not 100 % and 0 %.
-# A net that is asked to be completely sure of every image tends to learn the images by heart.
-LABEL_SMOOTHING = 0.1
+# Label smoothing: the net is asked to give 91 % to the right class and 1 % to each of the others. If
+# it were asked for 100 % and 0 %, it would tend to learn the images by heart.
+LABEL_SMOOTHING = 0.1  # what is shared out among all ten classes
 FIRST_LAYER_PORTION = 0.3  # the first layer's bias learns until this part of the run is over
 AVERAGED_EPOCHS = 0.5  # the saved weights are an average over past steps: half an epoch, roughly
 
-# Learning rates. SGD's differ from those in other scripts, as the loss here is a sum, not a mean.
-MUON_LR = 0.045  # Muon's, for the convolutions and batches of 250; try 0.03 to 0.06
+# Learning rates, the lengths of steps. There are two optimizers, Muon and SGD, explained below.
+# Other scripts' rates don't fit here, since they depend on how a script scales loss and logits.
+MUON_LR = 0.045  # Muon's, for all convolutions; try 0.03 to 0.06
 BIAS_LR = 0.053  # SGD's, for the biases and the scale in each block; try 0.035 to 0.08
 HEAD_LR = 0.67  # SGD's, for the last layer; try 0.45 to 1
 FINAL_RATE = 0.08  # all rates fall in a straight line, to this fraction of their first value
 MOMENTUM = 0.85  # how much of the last step's direction goes into the next
-WEIGHT_DECAY = 2e-6  # for each image of a batch: a gentle pull towards 0 on all that SGD trains
+WEIGHT_DECAY = 2e-6  # a gentle pull towards 0 on all that SGD trains, for each image of a batch
 
 
 # Model --------------------------------------------------------------------------------------------
@@ -97,14 +97,12 @@ def conv_norm(channels_in, channels_out, kernel, padding):
     conv = nn.Conv2d(channels_in, channels_out, kernel, padding=padding, bias=False)
     norm = nn.BatchNorm2d(channels_out)  # it adds a bias, so the convolution needs none
 
-    # At the start, the first filters just copy the input, a channel each; the rest, if any, are
-    # random. So even an untrained net passes the image on, and the last layers have something to
-    # learn from at once.
+    # At the start, the first filters copy the input, a channel each. The rest, if any, are random.
+    # So even an untrained net passes the image on, and all layers can learn at once.
     nn.init.dirac_(conv.weight[:channels_in])
 
-    # BatchNorm brings each channel to mean 0 and standard deviation 1. Usually it then multiplies
-    # the channel by a scale that is learnt. Here the scale stays 1, in all norms but norm3, so that
-    # the next convolution gets inputs of a similar spread throughout the run.
+    # BatchNorm brings each channel to mean 0 and standard deviation 1. A scale that usually is
+    # learnt stays 1 here, so that the next convolution always gets inputs of a similar spread.
     norm.weight.requires_grad_(False)
     return conv, norm
 
@@ -114,14 +112,14 @@ class Block(nn.Module):
 
     def __init__(self, channels_in, channels_out):
         super().__init__()
-        # A 2x2 kernel takes less than half the work of a 3x3 kernel. The pooling after it makes one
-        # result of 2x2, and this one depends on 3x3 pixels after all. Without padding, the sides of
-        # 31, 15 and 7 pixels become one pixel shorter, so that the pooling can halve them.
+        # A 2x2 kernel takes less than half the work of the usual 3x3. Pooling then joins 2x2 of its
+        # results, which together depend on 3x3 pixels after all. Without padding, sides of 31, 15
+        # and 7 pixels become one pixel shorter, so that pooling can halve them.
         self.conv1, self.norm1 = conv_norm(channels_in, channels_out, 2, "valid")
         # A 3x1 kernel and then a 1x3 kernel cover 3x3 pixels, with two thirds of the work.
         self.conv2, self.norm2 = conv_norm(channels_out, channels_out, (3, 1), "same")
         self.conv3, self.norm3 = conv_norm(channels_out, channels_out, (1, 3), "same")
-        self.norm3.weight.requires_grad_(True)  # it says how much conv2 and conv3 add to the result
+        self.norm3.weight.requires_grad_(True)  # a scale that learns how much of y to add to x
 
     def forward(self, x):
         # 1) Find patterns, then halve the sides. The maximum of 2x2 pixels tells whether a pattern
@@ -148,10 +146,10 @@ class CIFARNet(nn.Module):
         # Buffers are saved along with the weights, but no optimizer changes them.
         self.register_buffer("mean", torch.zeros(3, 1, 1))  # of each colour; see init_whiten
         self.register_buffer("std", torch.ones(3, 1, 1))  # standard deviation, likewise
-        self.register_buffer("temperature", torch.ones(()))  # see fit_temperature
+        self.register_buffer("temperature", torch.ones(()))  # of the answers; see fit_temperature
 
-        # A patch of 2x2 pixels in three colours is 12 numbers. That makes 12 filters and their
-        # negatives, 24 in all, which init_whiten will compute. Only their biases are learnt.
+        # The first layer looks at 2x2 pixels in three colours, which are 12 numbers. init_whiten
+        # will compute 12 filters for them. With their negatives, that is 24. Only biases are learnt.
         self.whiten = nn.Conv2d(3, 24, 2)
         self.whiten.weight.requires_grad_(False)
         nn.init.zeros_(self.whiten.bias)
@@ -159,7 +157,7 @@ class CIFARNet(nn.Module):
         width1, width2, width3 = WIDTHS
         self.blocks = nn.Sequential(Block(24, width1), Block(width1, width2), Block(width2, width3))
         self.head = nn.Linear(width3, n_classes, bias=False)
-        nn.init.normal_(self.head.weight)
+        nn.init.normal_(self.head.weight)  # of standard deviation 1, since look divides the result
 
     @torch.no_grad()
     def init_whiten(self, images):
@@ -168,8 +166,7 @@ class CIFARNet(nn.Module):
         Neighbouring pixels are nearly equal. So what differs most from patch to patch is the
         brightness, and edges and colours look tiny beside it. Whitening puts that right: each
         filter measures one feature of a patch (its brightness, an edge, a colour) and divides it by
-        its standard deviation. Then all features vary about equally. Such filters can be computed,
-        so the other layers needn't wait until they are learnt.
+        its standard deviation. Then all features vary about equally.
         """
         images = images[:5000].float() / 255  # 5000 are enough to estimate means and variances
         self.mean.copy_(images.mean((0, 2, 3)).view(3, 1, 1))
@@ -186,23 +183,24 @@ class CIFARNet(nn.Module):
 
         # 3) Divide each by its standard deviation. Features with very little variance are mostly
         # noise, and adding 5e-4 keeps them from being blown up.
-        filters = (features / (variances + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
+        filters = features / (variances + 5e-4).sqrt()
+        filters = filters.T.reshape(12, 3, 2, 2)
 
-        # 4) The activation that follows removes most of what is negative. So each filter comes with
-        # its negative, which is positive where the filter isn't.
+        # 4) The activation that follows removes most of each negative result. So each filter has an
+        # opposite, whose result is positive where its own is negative.
         self.whiten.weight.copy_(torch.cat([filters, -filters]))
 
     def look(self, images):
         """Return the logits of the images after a single look at each."""
         x = (images - self.mean) / self.std  # (N, 3, 32, 32), or smaller during training
-        # GELU lets less of the negative through than SiLU, and did a little better here. Nothing is
-        # lost by it: what one filter gives as negative, the opposite filter gives as positive.
+        # Here GELU did a little better than SiLU. It lets less of the negative through, and nothing
+        # is lost by that, as each filter has its opposite.
         x = F.gelu(self.whiten(x))  # (N, 24, 31, 31)
         x = self.blocks(x)  # (N, 64, 15, 15), then (N, 224, 7, 7), then (N, 448, 3, 3)
         x = x.amax((2, 3)) + x.mean((2, 3))  # (N, 448): maximum and mean of the 3x3 pixels
 
-        # A sum of 448 products is large. Divided by their number, logits start near 0, whatever the
-        # width is. So the untrained net finds all classes about equally likely.
+        # The division by the width, 448, makes the untrained net's logits nearly 0. That is a good
+        # start: it finds all classes about equally likely.
         return self.head(x) / x.shape[1]  # (N, n_classes)
 
     def forward(self, images):
@@ -227,11 +225,11 @@ class TrainingBatches:
         self.labels = labels.to(device)
         self.batch_size = batch_size
         self.device = device
-        self.per_epoch = len(labels) // batch_size  # a last one that isn't full is left out
-        self.generator = torch.Generator().manual_seed(seed)  # on the CPU: all devices get the same
+        self.per_epoch = len(labels) // batch_size  # the images left over wait for another epoch
+        self.generator = torch.Generator().manual_seed(seed)  # the same numbers for all devices
 
-        # For each image, a coin decides whether it is mirrored in the first epoch. After that, it
-        # is mirrored in every other epoch, so that the net sees it both ways equally often.
+        # For each image, a coin decides whether it is mirrored in the first epoch. From then on, it
+        # changes sides after each epoch, so that the net sees it both ways equally often.
         self.mirrored = (torch.rand(len(labels), generator=self.generator) < 0.5).to(device)
 
         # Add a border, which repeats the pixels near the edge. Shifted images show a part of it.
@@ -239,27 +237,29 @@ class TrainingBatches:
 
     def epoch(self, size):
         """Yield the batches of an epoch: images, float (batch_size, 3, size, size), and labels."""
-        # 1) Resize the images, with their border: if size is 16, half of 32, 36 pixels become 18.
+        # 1) Resize the images, with their border. For a size of 16, all 36 pixels become 18.
         side = round(self.padded.shape[3] * size / 32)
-        resized = resize(self.padded, [side, side])
+        resized = resize(self.padded, [side, side]).to(self.device)
 
-        # 2) A crop of size x size pixels is a shifted image. Make a table of all crops, of shape
-        # (N, 3, rows, columns, size, size). It is a view, which copies no pixel. In it,
-        # crops[i, :, y, x] is the crop of image i that begins in row y and column x.
-        crops = resized.to(self.device).unfold(2, size, 1).unfold(3, size, 1)
+        # 2) A crop of size x size pixels is a shifted image. Make a table of all possible crops:
+        # crops[i, :, y, x] is the one of image i that begins in row y and column x. It is only a
+        # view of the images, and copies no pixel.
+        crops = resized.unfold(2, size, 1).unfold(3, size, 1)  # (N, 3, rows, columns, size, size)
 
-        # 3) Draw the order of the images, and for each image the row and column of its crop.
-        order = torch.randperm(len(self.labels), generator=self.generator)
-        shape = (self.per_epoch, 2, self.batch_size)  # the 2 are a row and a column
-        places = torch.randint(crops.shape[2], shape, generator=self.generator)
-        order, places = order.to(self.device), places.to(self.device)
+        # 3) Shuffle the images, and draw for each one the row and column in which its crop begins.
+        order = torch.randperm(len(self.labels), generator=self.generator).to(self.device)
+        shape = self.per_epoch, 2, self.batch_size
+        starts = torch.randint(crops.shape[2], shape, generator=self.generator).to(self.device)
 
-        for indices, (rows, columns) in zip(order.split(self.batch_size), places):
+        for i in range(self.per_epoch):
+            indices = order[i * self.batch_size : (i + 1) * self.batch_size]
+            rows, columns = starts[i]
             images = crops[indices, :, rows, columns].float() / 255
 
             # 4) Mirror those whose turn it is.
             mirror = self.mirrored[indices].view(-1, 1, 1, 1)
-            yield torch.where(mirror, images.flip(3), images), self.labels[indices]
+            images = torch.where(mirror, images.flip(3), images)
+            yield images, self.labels[indices]
 
         self.mirrored = ~self.mirrored  # in the next epoch, it is the others' turn
 
@@ -270,23 +270,22 @@ class TrainingBatches:
 # the last layer, for which Muon's author advises against it.
 #
 # Why Muon? Write the gradient of a convolution as a matrix, with one row per filter. This matrix is
-# a sum of directions in which the filters could change, each with a strength (in algebra, its
-# singular value). A few directions that many images ask for are strong, and SGD moves mostly along
-# these. The others, which only some images ask for, hardly get a chance. Muon makes all strengths
-# more equal. (If all were 1, the matrix would be orthogonal.) People think that this is why it
-# learns faster, but nobody has proved it.
+# a sum of directions in which the filters could change, each with a strength (its singular value).
+# A few directions that many images ask for are strong, and SGD moves mostly along these. The others
+# hardly get a chance. Muon makes all strengths more equal. (If all were 1, the matrix would be
+# orthogonal.) People think that this is why it learns faster, but nobody has proved it.
 def orthogonalize(matrix, dtype, iterations=3):
-    """Return the sum of the same directions, but with strengths that are much more equal.
+    """Return a matrix of the same directions, whose strengths are much more equal.
 
-    After a division by the norm, three iterations turn strengths of 1, 0.3, 0.1 and 0.01 into 0.72,
-    0.97, 0.71 and 0.40. Which is largest doesn't matter, as long as none is left far behind. Each
-    iteration replaces a strength s by a * s + b * s^3 + c * s^5. That takes only products: if a
-    matrix has strengths s, matrix @ matrix.T @ matrix has s^3, in the same directions.
+    Dividing by the norm brings all strengths between 0 and 1. Then, three iterations turn a
+    strength of 1 into 0.72, of 0.3 into 0.97, of 0.1 into 0.71 and of 0.01 into 0.40. Which is now
+    the largest doesn't matter, as long as none is left far behind. Each iteration replaces a
+    strength s by a * s + b * s^3 + c * s^5. That takes only products: if a matrix has strengths s,
+    matrix @ matrix.T @ matrix has s^3, in the same directions.
     """
-    # Muon's author searched for these three numbers: small strengths grow 3.4-fold in an iteration,
-    # and larger ones end up between 0.68 and 1.21.
+    # Found by Muon's author: small strengths grow 3.4-fold, larger ones end in 0.68 to 1.21.
     a, b, c = 3.4445, -4.7750, 2.0315
-    matrix = (matrix / (matrix.norm() + 1e-12)).to(dtype)  # so that no strength exceeds 1
+    matrix = (matrix / (matrix.norm() + 1e-12)).to(dtype)
     for _ in range(iterations):
         gram = matrix @ matrix.T  # addmm, below, is a product and a sum in one
         factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # b * gram + c * gram @ gram
@@ -298,7 +297,7 @@ class Muon(torch.optim.Optimizer):
     """Muon for convolutions, since torch.optim.Muon is for matrices only."""
 
     def __init__(self, convolutions, lr, momentum, dtype):
-        super().__init__(convolutions, {"lr": lr})
+        super().__init__(convolutions, {"lr": lr})  # where a scheduler finds it
         self.momentum = momentum
         self.dtype = dtype  # of the numbers in orthogonalize, where 16 bits are precise enough
         self.velocities = [torch.zeros_like(weight) for weight in convolutions]
@@ -315,35 +314,37 @@ class Muon(torch.optim.Optimizer):
             # 2) Make the strengths more equal.
             update = orthogonalize(smoothed.flatten(1), self.dtype).view_as(weight)
 
-            # 3) Bring the filters back to length 1, on average, then take the step. Their length
-            # makes no difference to the net, since BatchNorm follows. But a step turns a long
-            # filter less than a short one, and otherwise they would get longer with every step.
-            weight.mul_(len(weight) ** 0.5 / weight.norm())  # n filters of length 1: norm n ** 0.5
-            weight.sub_(update, alpha=group["lr"])
+            # 3) Bring the filters back to length 1, on average. Steps make them longer, and a long
+            # filter turns less in a step than a short one. The net doesn't mind another length,
+            # since BatchNorm follows. For n filters of length 1, the norm of all is n ** 0.5.
+            weight.mul_(len(weight) ** 0.5 / weight.norm())
+            weight.sub_(update, alpha=group["lr"])  # 4) take the step
 
 
-def make_optimizers(model, batch_size, total, dtype):
-    """Return two optimizers, and schedulers that lower their rates over `total` steps."""
+def make_optimizers(model, batch_size, total_steps, dtype):
+    """Return two optimizers, and schedulers that lower their rates during the run."""
     trained = [p for p in model.parameters() if p.requires_grad]
     convolutions = [p for p in trained if p.ndim == 4]
     vectors = [p for p in trained if p.ndim == 1]  # the biases, and the scale in each block
 
     # Muon's steps have the same length at any batch size. But a larger batch has less noise in its
-    # gradient, so a longer step is safe: its length grows with the square root of the batch size.
+    # gradient, so a longer step is safe. MUON_LR is the right one for 250 images.
     muon = Muon(convolutions, MUON_LR * math.sqrt(batch_size / 250), MOMENTUM, dtype)
 
-    # The loss is a sum over the batch, so the weight decay grows with the batch as well. SGD will
-    # multiply it by the rate. Divided by the rate here, it stays the same if you change the rate.
+    # The loss is a sum over the batch, so the weight decay grows with the batch, too. SGD will
+    # multiply it by the rate. Divided by it here, it doesn't depend on the rates in the settings.
     decay = WEIGHT_DECAY * batch_size
     groups = [
         {"params": vectors, "lr": BIAS_LR, "weight_decay": decay / BIAS_LR},
         {"params": [model.head.weight], "lr": HEAD_LR, "weight_decay": decay / HEAD_LR},
     ]
-    on_gpu = model.head.weight.device.type in ("cuda", "mps")  # where one fused call is faster
-    sgd = torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=True, fused=on_gpu)
+    sgd = torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=True)
 
     # Long steps get the weights near their goal, short ones get them closer still.
-    schedulers = [torch.optim.lr_scheduler.LinearLR(o, 1, FINAL_RATE, total) for o in (muon, sgd)]
+    schedulers = [
+        torch.optim.lr_scheduler.LinearLR(optimizer, 1, FINAL_RATE, total_iters=total_steps)
+        for optimizer in (muon, sgd)
+    ]
     return [muon, sgd], schedulers
 
 
@@ -369,7 +370,7 @@ def train_epoch(model, average, batches, optimizers, schedulers, autocast):
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-        average.update_parameters(model)
+        average.update_parameters(model)  # see moving_average
 
         # 3) Record the mean loss, without label smoothing, to compare it with that of validation.
         losses.append(F.cross_entropy(logits.detach(), labels))
@@ -379,71 +380,29 @@ def train_epoch(model, average, batches, optimizers, schedulers, autocast):
 
 @torch.no_grad()
 def evaluate(predict, images, labels, device):
-    """Return the logits, their loss and accuracy. `predict` is a model, or its method look."""
-    parts = images.split(128)  # all images at once would take too much memory
-    logits = torch.cat([predict(part.to(device).float() / 255).float().cpu() for part in parts])
+    """Return the logits of uint8 images, their loss and accuracy. `predict` makes the logits."""
+    outputs = []
+    for part in images.split(128):  # all images at once would take too much memory
+        outputs.append(predict(part.to(device).float() / 255).float().cpu())
+    logits = torch.cat(outputs)
     accuracy = (logits.argmax(1) == labels).float().mean().item()
     return logits, F.cross_entropy(logits, labels).item(), accuracy
 
 
-def train(model, batches, validation, history, *, epochs, device, dtype):
-    """Train the model, save it after each epoch that is the best so far, and return the best state.
-
-    Each epoch adds (loss, validation loss, accuracy of every batch) to the list `history`, so that
-    it is there even after Ctrl-C. Raises FloatingPointError if a loss isn't finite.
-    """
-    steps, sizes = batches.per_epoch, image_sizes(epochs)
-    optimizers, schedulers = make_optimizers(model, batches.batch_size, epochs * steps, dtype)
-    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
-    average = moving_average(model, steps)
-    averaged_model = average.module.eval()
-    best_loss, best_state = math.inf, None
-    start = time.perf_counter()
-    print("\nepoch  training loss    acc  validation loss    acc  seconds  images/s", flush=True)
-    for epoch, size in enumerate(sizes, 1):
-        epoch_start = time.perf_counter()
-        # 1) Train. The first layer has only its bias to learn, and that is soon done. From then on,
-        # the backward pass can stop before this layer. That saves time, as its images are large.
-        model.whiten.bias.requires_grad_((epoch - 0.5) / epochs < FIRST_LAYER_PORTION)
-        watched = with_progress(batches.epoch(size), epoch, sizes, steps, start)
-        loss, accuracies = train_epoch(model, average, watched, optimizers, schedulers, autocast)
-
-        # 2) Validate the averaged weights, with one look at each whole image. This loss can well be
-        # lower than that of training, whose images are shifted and at first small.
-        with autocast:
-            logits, validation_loss, accuracy = evaluate(averaged_model.look, *validation, device)
-        if not math.isfinite(loss + validation_loss):
-            raise FloatingPointError(f"the loss is not finite in epoch {epoch}: lower the rates")
-
-        # 3) Save the best. The loss tells more than the accuracy: it counts how sure the net is.
-        mark = ""
-        if validation_loss < best_loss:
-            best_loss, mark = validation_loss, "saved"
-            averaged_model.temperature.copy_(fit_temperature(logits, validation[1]))
-            best_state = save(averaged_model, MODEL_PATH)
-        history.append((loss, validation_loss, accuracies))
-
-        seconds = time.perf_counter() - epoch_start
-        speed = steps * batches.batch_size / seconds
-        row = epoch, loss, accuracies.mean(), validation_loss, accuracy, seconds, speed, mark
-        print(TABLE_ROW.format(*row).rstrip(), flush=True)
-    return best_state
-
-
-# Around training ----------------------------------------------------------------------------------
-# First what `train` calls: image sizes, average, temperature, file. Then how a run is set up.
-def image_sizes(epochs):
-    """Return each epoch's image size: for ten, 16, 16, 24, 24, 24, 24, 32, 32, 32 and 32."""
-    middles = [(epoch + 0.5) / epochs for epoch in range(epochs)]  # 0 is the start, 1 the end
-    return [next(size for end, size in SIZES if middle < end) for middle in middles]
+def schedule(epochs):
+    """Yield the image size of each epoch, and whether the first layer's bias learns in it."""
+    for epoch in range(epochs):
+        middle = (epoch + 0.5) / epochs  # of the epoch: 0 is the start of the run, and 1 its end
+        sizes = [size for end, size in SIZES if middle < end]
+        yield sizes[0], middle < FIRST_LAYER_PORTION
 
 
 def moving_average(model, steps):
     """Return an average of the model over its last steps. An epoch has `steps` of them."""
     # Each step overshoots a little, in a direction that depends on its batch. An average of many
-    # steps is usually nearer to the goal. It is an exponential moving average (EMA): after each
-    # step, average = kept * average + (1 - kept) * weights. In a default run, kept is 96 / 97.
-    # Buffers are averaged too, above all BatchNorm's means and variances, which eval mode uses.
+    # steps is usually nearer to the goal. After each step, average = kept * average + (1 - kept) *
+    # weights, an exponential moving average (EMA). Half an epoch has 96 steps by default, and kept
+    # is 96 / 97. The means and variances of BatchNorm, which are buffers, are averaged too.
     kept = 1 - 1 / (1 + AVERAGED_EPOCHS * steps)
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(kept), use_buffers=True)
 
@@ -452,26 +411,49 @@ def fit_temperature(logits, labels):
     """Return the number by which to divide the logits, to get the lowest loss on these labels.
 
     Temperature scaling (arXiv:1706.04599): label smoothing has taught the net to be less sure than
-    it could be. Dividing, mostly by less than 1, puts that right, and no answer changes. What is
-    fitted on one look at each image turned out to suit the mean of four looks, too.
+    it could be. Dividing, usually by less than 1, puts that right, and no answer changes.
     """
     temperatures = torch.linspace(0.2, 2, 181)  # 0.20, 0.21, 0.22 and so on
     return min(temperatures, key=lambda t: F.cross_entropy(logits / t, labels))
 
 
-def save(model, path):
-    """Save and return a model's state_dict, all weights and buffers by name. Raises OSError."""
-    state = {n: t.to("cpu", copy=True).contiguous() for n, t in model.state_dict().items()}
-    content = io.BytesIO()  # not a file, since torch.save wouldn't say that the disk is full
-    torch.save(state, content)
-    # The old file stays until the new one is whole, even if the script is killed meanwhile.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # each run has its own
-    try:
-        temporary.write_bytes(content.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return state
+def train(model, training, validation, history, epochs, device, dtype):
+    """Train the model, save it after each epoch that is the best so far, and return the best.
+
+    Each epoch adds (loss, validation loss, accuracy of every batch) to the list `history`, so that
+    it is there even after Ctrl-C. Raises FloatingPointError if a loss isn't finite.
+    """
+    total_steps = epochs * training.per_epoch
+    optimizers, schedulers = make_optimizers(model, training.batch_size, total_steps, dtype)
+    average = moving_average(model, training.per_epoch)
+    averaged_model = average.module.eval()
+    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    best_loss, best_model = math.inf, None
+    table = Table(epochs, training)
+    for size, bias_learns in schedule(epochs):
+        # 1) Train. The first layer has only its bias to learn, and that is soon done. From then on,
+        # the backward pass can stop before this layer. That saves time, as its images are large.
+        model.whiten.bias.requires_grad_(bias_learns)
+        batches = training.epoch(size)
+        loss, accuracies = train_epoch(model, average, batches, optimizers, schedulers, autocast)
+
+        # 2) Validate the averaged weights, with one look at each image. This loss can well be lower
+        # than that of training, whose images are shifted and at first small.
+        with autocast:
+            logits, validation_loss, accuracy = evaluate(averaged_model.look, *validation, device)
+        if not math.isfinite(loss + validation_loss):
+            raise FloatingPointError("the loss is not finite: lower the learning rates")
+
+        # 3) Save the best. The loss tells more than the accuracy: it counts how sure the net is.
+        is_best = validation_loss < best_loss
+        if is_best:
+            best_loss = validation_loss
+            best_model = copy.deepcopy(averaged_model)
+            best_model.temperature.copy_(fit_temperature(logits, validation[1]))
+            save(best_model, MODEL_PATH)
+        history.append((loss, validation_loss, accuracies))
+        table.add_row(loss, accuracies.mean(), validation_loss, accuracy, is_best=is_best)
+    return best_model
 
 
 def as_tensors(dataset):
@@ -483,23 +465,47 @@ def as_tensors(dataset):
 def set_up_training(train_set, seed, batch_size, device):
     """Return an untrained model, the training batches, and the validation images and labels."""
     images, labels = as_tensors(train_set)
-    # Shuffle the images. The first 2,000 are held out (but at most a fifth of a small data set).
-    count = min(VALIDATION_IMAGES, len(labels) // 5)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    validation = images[order[:count]], labels[order[:count]]
-    images, labels = images[order[count:]], labels[order[count:]]
-    torch.manual_seed(seed)
+    held_out, rest = order[:VALIDATION_IMAGES], order[VALIDATION_IMAGES:]
+    validation = images[held_out], labels[held_out]
+    images, labels = images[rest], labels[rest]
+    torch.manual_seed(seed)  # from which the weights are drawn
     model = CIFARNet(len(train_set.classes))
     model.init_whiten(images)
     to_device(model, device)
     return model, TrainingBatches(images, labels, batch_size, seed, device), validation
 
 
-def to_device(model, device):
-    """Move a model to a device, in the memory layout that is fastest there."""
-    # channels_last keeps a pixel's channels together. On Apple's GPUs, torch has bugs with it.
-    layout = torch.contiguous_format if device == "mps" else torch.channels_last
-    return model.to(device, memory_format=layout)
+# Testing ------------------------------------------------------------------------------------------
+# The test images are used only here. A score is honest if nothing was chosen to better it.
+def load_model(path):
+    """Return the model that is saved in a file, in eval mode. Raises OSError if there is none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model = CIFARNet(len(state["head.weight"]))
+        model.load_state_dict(state)
+    except Exception as error:
+        raise OSError(f"no model in {path}, so train one first: {error!r:.150}") from error
+    return model.eval()
+
+
+def test(model, test_set, args):
+    """Print how good the model is on the test images, and draw some of them."""
+    images, labels = as_tensors(test_set)
+    logits, loss, accuracy = evaluate(model, images, labels, args.device)
+    score = f"accuracy {accuracy:.2%}, mean confidence {logits.softmax(1).amax(1).mean():.2%}"
+    print(f"\ntest set, {len(labels):,} images: loss {loss:.4f}, {score}")
+    # For comparison: the practice project that this script rewrites reported its luckiest batch.
+    hits = (logits.argmax(1) == labels).float()
+    n = min(args.batch_size, len(hits))
+    best = hits.unfold(0, n, n).mean(1).max()
+    print(f"best single batch of {n}: {best:.2%} (the measure of the project that this rewrites)")
+    for label in labels.unique():
+        print(f"  {hits[labels == label].mean():6.1%}  {test_set.classes[label]}")
+    generator = torch.Generator().manual_seed(args.image_seed)
+    shown = torch.randperm(len(labels), generator=generator)[: args.images]
+    data = images[shown], logits[shown], labels[shown], test_set.classes
+    draw("test_images_pred_actual.png", plot_predictions, *data, show=args.show)
 
 
 # ==================================================================================================
@@ -563,7 +569,7 @@ def load_cifar10(root):
     raise OSError(f"no source of CIFAR-10 worked:{failures}\n{advice}")
 
 
-# Device and checkpoint ----------------------------------------------------------------------------
+# Device and file ----------------------------------------------------------------------------------
 # A GPU, "cuda" or "mps", is used if it works. If not, the reason is printed.
 def find_devices():
     """Return the devices that work, the best one first, and a note about the GPU."""
@@ -591,38 +597,55 @@ def choose_precision(device):
     return torch.bfloat16, "the hardware computes in it"
 
 
-def load_model(path):
-    """Return the model that is saved in a file, in eval mode. Raises OSError on failure."""
+def to_device(model, device):
+    """Move a model to a device. channels_last is the faster layout, but buggy on Apple's GPUs."""
+    layout = torch.contiguous_format if device == "mps" else torch.channels_last
+    return model.to(device, memory_format=layout)
+
+
+def save(model, path):
+    """Save a model's state_dict: all its weights and buffers, by name. Raises OSError."""
+    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    content = io.BytesIO()  # not a file, since torch.save wouldn't say that the disk is full
+    torch.save(state, content)
+    # The old file stays until the new one is whole, even if the script is killed meanwhile.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # each run has its own
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model = CIFARNet(len(state["head.weight"]))
-        model.load_state_dict(state)
-    except Exception as error:
-        raise OSError(f"no model in {path}, so train one first: {error!r:.150}") from error
-    return model.eval()
+        temporary.write_bytes(content.getvalue())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # Output -------------------------------------------------------------------------------------------
-# Two figures show the training. The third shows test images and what the net takes them for.
 TABLE_ROW = "{:5}  {:13.4f}  {:5.1%}  {:15.4f}  {:5.1%}  {:7.1f}  {:8.0f}  {}"
 BLUE, ORANGE = "#0072B2", "#D55E00"  # colour-blind people can tell these apart, too
 
 
-def with_progress(batches, epoch, sizes, steps, run_start):
-    """Yield the batches of an epoch. On a terminal, also show how far the run is."""
-    pixels = [size**2 for size in sizes]  # the time of an epoch is about proportional to them
-    for step, batch in enumerate(batches, 1):
-        yield batch
-        if sys.stdout.isatty() and step % (steps // 20 + 1) == 0:
-            done = sum(pixels[: epoch - 1]) + pixels[epoch - 1] * step / steps
-            minutes = math.ceil((time.perf_counter() - run_start) * (sum(pixels) / done - 1) / 60)
-            place = f"epoch {epoch} of {len(sizes)}, batch {step} of {steps}"
-            print(f"{place}, about {minutes} min left".ljust(70), end="\r", flush=True)
+class Table:
+    """A row for each epoch and, on a terminal, a line that tells how long the rest will take."""
+
+    def __init__(self, epochs, batches):
+        self.pixels = [size**2 for size, _ in schedule(epochs)]  # time is about proportional to it
+        self.images = batches.per_epoch * batches.batch_size
+        self.times = [time.perf_counter()]  # of the start, and of each epoch's end
+        print("\nepoch  training loss    acc  validation loss    acc  seconds  images/s")
+
+    def add_row(self, *measured, is_best):
+        """Print what was measured in an epoch, how long it took, and a mark if it is the best."""
+        self.times.append(time.perf_counter())
+        epoch, seconds = len(self.times) - 1, self.times[-1] - self.times[-2]
+        row = epoch, *measured, seconds, self.images / seconds, "saved" if is_best else ""
+        print(TABLE_ROW.format(*row).rstrip(), flush=True)
+        done, left = sum(self.pixels[:epoch]), sum(self.pixels[epoch:])
+        if sys.stdout.isatty() and left:
+            minutes = math.ceil((self.times[-1] - self.times[0]) * left / done / 60)
+            print(f"about {minutes} min left".ljust(70), end="\r", flush=True)
 
 
 def draw(name, plot, *data, show):
     """Draw a figure with one of the functions below, and save it."""
-    new_figure = plt.figure if show else plt.Figure  # only pyplot's opens a window
+    new_figure = plt.figure if show else plt.Figure  # plt.figure also opens a window
     figure = new_figure(figsize=(7, 4), layout="constrained")
     plot(figure, *data)
     FIGURES.mkdir(exist_ok=True)
@@ -697,7 +720,6 @@ def parse_arguments(argv, devices, gpu_note):
     add("--image-seed", type=int, default=0, help="another number draws others")
     add("--show", action="store_true", help="show the figures in windows, too")
     args = parser.parse_args(argv)
-    # BatchNorm needs two images, and a figure of more than 250 would be too tall to look at.
     largest = 50_000 - VALIDATION_IMAGES
     if args.epochs < 1 or not 2 <= args.batch_size <= largest or not 1 <= args.images <= 250:
         parser.error(f"--epochs is at least 1, --batch-size 2 to {largest}, --images 1 to 250")
@@ -712,35 +734,14 @@ def parse_arguments(argv, devices, gpu_note):
 
 def train_new_model(model, batches, validation, dtype, args):
     """Train a model, draw its curves, and return it as it was after its best epoch."""
-    history, options = [], {"epochs": args.epochs, "device": args.device, "dtype": dtype}
+    history = []
     try:
-        best_state = train(model, batches, validation, history, **options)
+        return train(model, batches, validation, history, args.epochs, args.device, dtype)
     finally:  # Ctrl-C ends the training, but the epochs until then are drawn
         print()
         if history:
             draw("nnmodel_loss.png", plot_losses, history, show=args.show)
             draw("nnmodel_accuracy.png", plot_accuracies, history, show=args.show)
-    model.load_state_dict(best_state)
-    return model.eval()
-
-
-def test(model, test_set, args):
-    """Print how good the model is on the test images, and draw some of them."""
-    images, labels = as_tensors(test_set)
-    logits, loss, accuracy = evaluate(model, images, labels, args.device)
-    score = f"accuracy {accuracy:.2%}, mean confidence {logits.softmax(1).amax(1).mean():.2%}"
-    print(f"\ntest set, {len(labels):,} images: loss {loss:.4f}, {score}")
-    # The project that this rewrites reported its luckiest batch, which flatters. Here is ours.
-    hits = (logits.argmax(1) == labels).float()
-    n = min(args.batch_size, len(hits))
-    best = hits.unfold(0, n, n).mean(1).max()
-    print(f"best single batch of {n}: {best:.2%} (the measure of the project that this rewrites)")
-    for label in labels.unique():
-        print(f"  {hits[labels == label].mean():6.1%}  {test_set.classes[label]}")
-    generator = torch.Generator().manual_seed(args.image_seed)
-    shown = torch.randperm(len(labels), generator=generator)[: args.images]
-    data = images[shown], logits[shown], labels[shown], test_set.classes
-    draw("test_images_pred_actual.png", plot_predictions, *data, show=args.show)
 
 
 def main(argv=()):
@@ -751,9 +752,8 @@ def main(argv=()):
     devices, gpu_note = find_devices()
     args = parse_arguments(argv, devices, gpu_note)
     cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}")
+    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}\n{gpu_note}")
     print(f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {cpu}")
-    print(gpu_note)
     if args.evaluate:
         print(f"device {args.device}, scoring in float32")
         model = to_device(load_model(MODEL_PATH), args.device)

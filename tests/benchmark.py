@@ -48,10 +48,7 @@ import pytorchpractice as script
 IMAGES = 50_000  # of CIFAR-10, to train and to validate
 TRAINING_IMAGES = IMAGES - script.VALIDATION_IMAGES
 # The parts of a plan are (epochs, size of the images, whether the bias of the first layer learns).
-PLAN = [
-    (1, size, (epoch + 0.5) / script.EPOCHS < script.FIRST_LAYER_PORTION)  # as in script.train
-    for epoch, size in enumerate(script.image_sizes(script.EPOCHS))
-]
+PLAN = [(1, *epoch) for epoch in script.schedule(script.EPOCHS)]
 ORIGINAL_BATCH = 128
 # Two published recipes.
 AIRBENCH_BATCH = 2_000  # airbench94_muon, in github.com/KellerJordan/cifar10-airbench
@@ -178,14 +175,14 @@ def train_script(train_set, device, dtype, kind):
 
 
 def train_aside(setup, **options):
-    """Train as the script does, but leave no model; return the best state and the seconds."""
+    """Train as the script does, but leave no file; return the best model and the seconds."""
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         start = time.perf_counter()
-        state = script.train(*setup, [], **options)
+        model = script.train(*setup, [], **options)
         seconds = time.perf_counter() - start
         os.chdir(ROOT)
-    return state, seconds
+    return model, seconds
 
 
 def learnt_first_layer(model, images, whiten=script.CIFARNet.init_whiten):
@@ -304,10 +301,8 @@ def train_without(part, seed, train_set, device, dtype):
     # something: by chance alone, an accuracy on 2,000 images is off by half a point.
     script.VALIDATION_IMAGES = 5000
     setup = script.set_up_training(train_set, seed, script.BATCH_SIZE, device)
-    model, _, validation = setup
-    state, seconds = train_aside(setup, epochs=script.EPOCHS, device=device, dtype=dtype)
-    model.load_state_dict(state)
-    _, loss, accuracy = script.evaluate(model.eval(), *validation, device)
+    model, seconds = train_aside(setup, epochs=script.EPOCHS, device=device, dtype=dtype)
+    _, loss, accuracy = script.evaluate(model, *setup[2], device)
     return {"accuracy": accuracy, "loss": loss, "seconds": seconds}
 
 

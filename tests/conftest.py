@@ -26,6 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 def expect_sample(monkeypatch):
     """Let torchvision take the sample in tests/data for the data set, within this test."""
     run_on_sample.expect_sample(monkeypatch.setattr)
+    monkeypatch.setattr(script, "VALIDATION_IMAGES", 120)
 
 
 @pytest.fixture
@@ -58,7 +59,8 @@ def random_model(seed=0):
 def train(train_set, *, epochs, batch_size=30, seed=0, device="cpu", dtype=torch.float32):
     """Set up and train as the script does, into this folder; return history and best state."""
     setup, history = script.set_up_training(train_set, seed, batch_size, device), []
-    return history, script.train(*setup, history, epochs=epochs, device=device, dtype=dtype)
+    model = script.train(*setup, history, epochs, device, dtype)
+    return history, model.state_dict()
 
 
 def assert_loads(path):
@@ -103,8 +105,7 @@ def run_main(expect_sample, narrow, in_folder, capsys):
 @pytest.fixture
 def run_program(expect_sample, narrow, in_folder, monkeypatch, capsys):
     """Return a function that runs the script as a program, with a narrow net: (code, output)."""
-    source = (ROOT / "pytorchpractice.py").read_text(encoding="utf-8")
-    source = source.replace("\nWIDTHS = (64, 224, 448)", f"\nWIDTHS = {script.WIDTHS}")
+    source = run_on_sample.source().replace("WIDTHS = (64, 224, 448)", f"WIDTHS = {script.WIDTHS}")
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["pytorchpractice.py", *arguments_on_sample(*arguments)])

@@ -55,7 +55,7 @@ def test_split_is_disjoint_whole_and_of_the_seed(sample):
     splits = [script.set_up_training(sample[0], seed, 50, "cpu")[1:] for seed in (3, 3, 4)]
     training, again, other = (batches.labels.tolist() for batches, _ in splits)
     held_out, numbers = splits[0][1]
-    assert len(numbers) == 120  # a fifth of a small set
+    assert len(numbers) == script.VALIDATION_IMAGES
     assert sorted([*training, *numbers.tolist()]) == list(range(len(images)))
     assert torch.equal(held_out, images[numbers])
     assert training == again
