@@ -10,12 +10,12 @@ Part 1 of this file is the loop that trains every net, and what it needs, sectio
     for images, labels in batches:             # Batches: they are shuffled, shifted and mirrored
         logits = model(images)                 # Model: the net, and what each part of it is for
         loss = cross_entropy(logits, labels)   # Training: how wrong the net was
-        loss.backward()                        # in which direction each weight should go
-        optimizer.step()                       # Optimizers, in Part 2: how far it then goes
-        optimizer.zero_grad()                  # forget the directions, for the next batch
+        loss.backward()                        # the gradient: how each weight changes the loss
+        optimizer.step()                       # Optimizers: change the weights, so that it falls
+        optimizer.zero_grad()                  # forget the gradient, for the next batch
 
-Part 2 has the ideas that need more words. Skip it on a first reading. Part 3 is for the computer
-more than for you. A table in the README says how much accuracy each idea adds.
+Part 2 has Optimizers and other ideas that need more words. Skip it on a first reading. Part 3 is
+for the computer more than for you. The README says how much accuracy each idea adds.
 
 The net that comes with this file names 94.00 % of the 10,000 test photos correctly. It was trained
 for 13 minutes on two cores of an AMD EPYC (Linux, torch 2.14.1), in 16-bit numbers. (In 32 bits, it
@@ -54,9 +54,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2.functional import resize
 
+# ==================================================================================================
+# Part 1: the loop, and what it needs.
+
 # Settings -----------------------------------------------------------------------------------------
-# The numbers to play with. Some come from airbench94 (see Model). The others were chosen on images
-# held out from training. No test image was used to choose any of them.
+# The numbers to play with. Those that aren't airbench94's (see Model) were chosen on images that
+# were held out from training. We used no test image to choose any.
 EPOCHS = 10  # passes over the training images
 BATCH_SIZE = 250  # images per step
 VALIDATION_IMAGES = 2000  # held out from the 50,000 training images, to tell which epoch is best
@@ -68,8 +71,8 @@ MAX_SHIFT = 2  # each training image is shifted at random, by at most this many 
 # One net can take all three, since convolutions work at any size.
 SIZES = ((0.2, 16), (0.6, 24), (1.0, 32))
 
-# Label smoothing shares out this much among all ten classes. So the net is asked to give 91 % to
-# the right one and 1 % to each other. Asked for 100 %, it would tend to learn the images by heart.
+# Label smoothing: the net is asked to give 91 % to the right class and 1 % to each of the nine
+# others. If it were asked for 100 %, it would tend to learn the images by heart.
 LABEL_SMOOTHING = 0.1
 FIRST_LAYER_PORTION = 0.3  # the first layer's biases learn until this part of the run is over
 AVERAGED_EPOCHS = 0.5  # the saved weights are an average over past steps: half an epoch, roughly
@@ -78,20 +81,20 @@ FIGURES = Path("figures")
 
 
 # Model --------------------------------------------------------------------------------------------
-# The net is a variant of airbench94 (arXiv:2404.00498). An image goes through a first layer, whose
-# filters aren't learnt, and then through three blocks. Each block halves the image and finds larger
-# patterns in it. Last, a linear layer turns the patterns into one number for each class, its logit.
+# The net is a variant of airbench94 (arXiv:2404.00498), a net that learns fast. Its first layer
+# finds edges and colours. Three blocks follow, and each halves the image and finds larger patterns
+# in it. Last, a linear layer turns the patterns into one number for each class, its logit.
 def conv_norm(channels_in, channels_out, kernel, padding):
     """Return a convolution and the BatchNorm that comes after it."""
     conv = nn.Conv2d(channels_in, channels_out, kernel, padding=padding, bias=False)
     norm = nn.BatchNorm2d(channels_out)  # it adds a bias, so the convolution needs none
 
-    # At the start, the first filters copy the input, a channel each. The rest, if any, are random.
-    # So even an untrained net passes the image on, and all layers can learn at once.
+    # At the start, the first filters just copy the input's channels. The rest, if any, are random.
+    # So the last layers don't get noise from an untrained net, but something to learn from.
     nn.init.dirac_(conv.weight[:channels_in])
 
-    # BatchNorm brings each channel to mean 0 and standard deviation 1. A scale that usually is
-    # learnt stays 1 here, so that the next convolution always gets inputs of a similar spread.
+    # BatchNorm brings each channel to mean 0 and standard deviation 1. It usually learns a scale,
+    # too. Here that stays 1, so that the next convolution always gets inputs of a similar spread.
     norm.weight.requires_grad_(False)
     return conv, norm
 
@@ -108,14 +111,13 @@ class Block(nn.Module):
         # A 3x1 kernel and then a 1x3 kernel cover 3x3 pixels, with two thirds of the work.
         self.conv2, self.norm2 = conv_norm(channels_out, channels_out, (3, 1), "same")
         self.conv3, self.norm3 = conv_norm(channels_out, channels_out, (1, 3), "same")
-        self.norm3.weight.requires_grad_(True)  # a scale that learns how much of y to add to x
+        self.norm3.weight.requires_grad_(True)  # this scale is learnt: how much step 2 adds
 
     def forward(self, x):
         # 1) Find patterns, then halve the sides. The maximum of 2x2 pixels tells whether a pattern
         # is there, their mean tells how much of it is there, and the sum keeps some of both.
         x = self.conv1(x)
         x = F.max_pool2d(x, 2, 2) + F.avg_pool2d(x, 2, 2)
-
         # ReLU would set everything negative to 0, and learn nothing from it. SiLU lets some pass.
         x = F.silu(self.norm1(x))
 
@@ -135,10 +137,10 @@ class CIFARNet(nn.Module):
         # Buffers are saved along with the weights, but no optimizer changes them.
         self.register_buffer("mean", torch.zeros(3, 1, 1))  # the mean of each colour
         self.register_buffer("std", torch.ones(3, 1, 1))  # the standard deviation of each colour
-        self.register_buffer("temperature", torch.ones(()))  # see fit_temperature
+        self.register_buffer("temperature", torch.ones(()))  # it corrects how sure the net is
 
-        # The first layer isn't learnt, except for its biases: init_whiten will compute its filters.
-        # 2x2 pixels in three colours are 12 numbers. There are 12 filters and their opposites.
+        # The first layer learns only its biases. For 2x2 pixels in three colours, good filters can
+        # be computed (see Whitening): 12 filters and their opposites.
         self.whiten = nn.Conv2d(3, 24, 2)
         self.whiten.weight.requires_grad_(False)
         nn.init.zeros_(self.whiten.bias)
@@ -169,7 +171,7 @@ class CIFARNet(nn.Module):
         x = x.amax((2, 3)) + x.mean((2, 3))  # (N, 448): maximum and mean of the 3x3 pixels
 
         # Divided by the width, 448, the logits of the untrained net are nearly 0. So it finds all
-        # classes about equally likely. (Smaller weights would do, too, with another learning rate.)
+        # classes about equally likely, which is a good start.
         return self.head(x) / x.shape[1]  # (N, n_classes)
 
     def forward(self, images):
@@ -198,15 +200,15 @@ class TrainingBatches:
         self.generator = torch.Generator().manual_seed(seed)  # the same numbers for all devices
 
         # For each image, a coin decides whether it is mirrored in the first epoch. From then on, it
-        # changes sides after each epoch, so that the net sees it both ways equally often.
+        # is turned round after each epoch, so that the net sees it both ways equally often.
         self.mirrored = (torch.rand(len(labels), generator=self.generator) < 0.5).to(device)
 
-        # Add a border, which repeats the pixels near the edge. Shifted images show a part of it.
+        # Add a border, in which the image is mirrored. Shifted images show a part of it.
         self.padded = F.pad(images, (MAX_SHIFT,) * 4, mode="reflect")
 
     def epoch(self, size):
         """Yield the batches of an epoch: images, float (batch_size, 3, size, size), and labels."""
-        # 1) Resize the images, with their border. For a size of 16, all 36 pixels become 18.
+        # 1) Resize the images, with their border. If size is 16, sides of 36 pixels become 18.
         side = round(self.padded.shape[3] * size / 32)
         resized = resize(self.padded, [side, side]).to(self.device)
 
@@ -223,8 +225,7 @@ class TrainingBatches:
         for i in range(self.per_epoch):
             indices = order[i * self.batch_size : (i + 1) * self.batch_size]
             rows, columns = starts[i]
-            images = crops[indices, :, rows, columns].float() / 255  # one crop of each image
-
+            images = crops[indices, :, rows, columns].float() / 255  # for each image, its crop
             # 4) Mirror those whose turn it is.
             mirror = self.mirrored[indices].view(-1, 1, 1, 1)
             images = torch.where(mirror, images.flip(3), images)
@@ -255,7 +256,7 @@ def train_epoch(model, average, batches, optimizers, schedulers, autocast):
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-        average.update_parameters(model)  # the moving average of the weights: see Part 2
+        average.update_parameters(model)  # an average of recent weights; see moving_average
 
         # 3) Record the mean loss, without label smoothing, to compare it with that of validation.
         losses.append(F.cross_entropy(logits.detach(), labels))
@@ -274,38 +275,38 @@ def evaluate(predict, images, labels, device):
     return logits, F.cross_entropy(logits, labels).item(), accuracy
 
 
-def schedule(epochs):
+def plan(epochs):
     """Yield the image size of each epoch, and whether the first layer's bias learns in it."""
     for epoch in range(epochs):
-        middle = (epoch + 0.5) / epochs  # the middle of the epoch, if the run goes from 0 to 1
+        middle = (epoch + 0.5) / epochs  # of the epoch. The run begins at 0 and ends at 1.
         sizes = [size for end, size in SIZES if middle < end]
         yield sizes[0], middle < FIRST_LAYER_PORTION
 
 
-def train(model, training, validation, history, epochs, device, dtype):
-    """Train the model, save it after each epoch that is the best so far, and return the best.
+def train(model, train_set, validation_set, history, epochs, device, dtype):
+    """Train on TrainingBatches, validate on (images, labels), save and return the best model.
 
-    Each epoch adds (loss, validation loss, accuracy of every batch) to the list `history`, so that
-    it is there even after Ctrl-C. Raises FloatingPointError if a loss isn't finite.
+    Each epoch adds (loss, validation loss, accuracy of every batch) to the list `history`. Raises
+    FloatingPointError if a loss isn't finite.
     """
-    total_steps = epochs * training.per_epoch
-    optimizers, schedulers = make_optimizers(model, training.batch_size, total_steps, dtype)
-    average = moving_average(model, training.per_epoch)
-    averaged_model = average.module.eval()
+    total_steps = epochs * train_set.per_epoch
+    optimizers, schedulers = make_optimizers(model, train_set.batch_size, total_steps, dtype)
+    average = moving_average(model, train_set.per_epoch)
+    averaged = average.module.eval()  # the averaged model itself
     autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     best_loss, best_model = math.inf, None
-    table = Table(epochs, training)
-    for size, bias_learns in schedule(epochs):
+    table = Table(epochs, train_set)
+    for size, bias_learns in plan(epochs):
         # 1) Train. The first layer has only its bias to learn, and that is soon done. From then on,
-        # the backward pass can stop before this layer. That saves time, as its images are large.
+        # the backward pass can stop before this layer, which saves time.
         model.whiten.bias.requires_grad_(bias_learns)
-        batches = training.epoch(size)
+        batches = train_set.epoch(size)
         loss, accuracies = train_epoch(model, average, batches, optimizers, schedulers, autocast)
 
-        # 2) Validate the averaged weights, with one look at each image, to save time. This loss can
-        # well be lower than that of training, whose images are shifted and at first small.
+        # 2) Validate the averaged model, with one look at each image, to save time. Its loss may be
+        # lower than that of training, where the images are shifted and at first small.
         with autocast:
-            logits, validation_loss, accuracy = evaluate(averaged_model.look, *validation, device)
+            logits, validation_loss, accuracy = evaluate(averaged.look, *validation_set, device)
         if not math.isfinite(loss + validation_loss):
             raise FloatingPointError("the loss is not finite: lower the learning rates")
 
@@ -313,8 +314,8 @@ def train(model, training, validation, history, epochs, device, dtype):
         is_best = validation_loss < best_loss
         if is_best:
             best_loss = validation_loss
-            best_model = copy.deepcopy(averaged_model)
-            best_model.temperature.copy_(fit_temperature(logits, validation[1]))
+            best_model = copy.deepcopy(averaged)
+            best_model.temperature.copy_(fit_temperature(logits, validation_set[1]))
             save(best_model, MODEL_PATH)
         history.append((loss, validation_loss, accuracies))
         table.add_row(loss, accuracies.mean(), validation_loss, accuracy, is_best=is_best)
@@ -327,24 +328,24 @@ def as_tensors(dataset):
     return images, torch.tensor(dataset.targets)
 
 
-def set_up_training(train_set, seed, batch_size, device):
+def set_up_training(dataset, seed, batch_size, device):
     """Return an untrained model, the training batches, and the validation images and labels."""
-    images, labels = as_tensors(train_set)
+    images, labels = as_tensors(dataset)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     held_out, rest = order[:VALIDATION_IMAGES], order[VALIDATION_IMAGES:]
-    validation = images[held_out], labels[held_out]
+    validation_set = images[held_out], labels[held_out]
     images, labels = images[rest], labels[rest]
     torch.manual_seed(seed)  # for the net's random weights
-    model = CIFARNet(len(train_set.classes))
+    model = CIFARNet(len(dataset.classes))
     model.init_whiten(images)
     to_device(model, device)
-    return model, TrainingBatches(images, labels, batch_size, seed, device), validation
+    return model, TrainingBatches(images, labels, batch_size, seed, device), validation_set
 
 
 # Testing ------------------------------------------------------------------------------------------
-# The test images are used only here, at the end. Nothing was chosen by looking at their score.
+# The test images are used only here, at the end, when nothing is left to choose.
 def load_model(path):
-    """Load a saved model, for logits = load_model("nnmodel_cifar10.pt")(images). Raises OSError."""
+    """Return the model that is saved in a file, ready for use. Raises OSError if there is none."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model = CIFARNet(len(state["head.weight"]))
@@ -360,7 +361,8 @@ def test(model, test_set, args):
     logits, loss, accuracy = evaluate(model, images, labels, args.device)
     score = f"accuracy {accuracy:.2%}, mean confidence {logits.softmax(1).amax(1).mean():.2%}"
     print(f"\ntest set, {len(labels):,} images: loss {loss:.4f}, {score}")
-    # The practice project also told its luckiest batch, 85 %. To compare with it, here is ours.
+    # A single batch can look better than all together, by luck. The practice project reported its
+    # best one, so here is ours, for comparison.
     hits = (logits.argmax(1) == labels).float()
     n = min(args.batch_size, len(hits))
     best = hits.unfold(0, n, n).mean(1).max()
@@ -379,9 +381,7 @@ def test(model, test_set, args):
 # Optimizers ---------------------------------------------------------------------------------------
 # Muon (kellerjordan.github.io/posts/muon) trains the convolutions, which hold nearly all weights.
 # SGD with momentum trains the rest: the biases and the blocks' scales, which aren't matrices, and
-# the last layer, for which Muon's author advises against it.
-
-# Learning rates. Other scripts' don't fit here, as they depend on how loss and logits are scaled.
+# the last layer, for which Muon's author advises against it. SGD's numbers are airbench94's.
 MUON_LR = 0.045  # for batches of 250 images; try 0.03 to 0.06
 BIAS_LR = 0.053  # SGD's, for the biases and the scale in each block; try 0.035 to 0.08
 HEAD_LR = 0.67  # SGD's, for the last layer; try 0.45 to 1
@@ -400,7 +400,7 @@ def make_optimizers(model, batch_size, total_steps, dtype):
     muon = Muon(convolutions, MUON_LR * math.sqrt(batch_size / 250), MOMENTUM, dtype)
 
     # The loss is a sum over the batch, so the weight decay grows with the batch, too. SGD will
-    # multiply the decay by the rate. We divide it by the rate, so that one can be changed alone.
+    # multiply it by the rate. We divide by the rate, so that a new rate doesn't change the decay.
     decay = WEIGHT_DECAY * batch_size
     groups = [
         {"params": vectors, "lr": BIAS_LR, "weight_decay": decay / BIAS_LR},
@@ -414,11 +414,11 @@ def make_optimizers(model, batch_size, total_steps, dtype):
 
 
 # Muon ---------------------------------------------------------------------------------------------
-# Why Muon? Write the gradient of a convolution as a matrix, with one row per filter. This matrix is
-# a sum of directions in which the filters could change, each with a strength (its singular value).
-# A few directions that many images ask for are strong, and SGD moves mostly along these. The others
-# hardly get a chance. Muon makes all strengths more equal. (If all were 1, the matrix would be
-# orthogonal.) People think that this is why it learns faster, but nobody has proved it.
+# Why Muon? Write the gradient of a convolution as a matrix, with one row per filter. Any matrix is
+# a sum of directions, each with a strength (singular value): [[3, 0], [0, 0.1]] changes filter 1 by
+# 3 and filter 2 by 0.1. A few directions that many images ask for are strong, and SGD moves mostly
+# along these. Muon makes all strengths more equal. (If all were 1, the matrix would be orthogonal.)
+# People think that this is why it learns faster, but nobody has proved it.
 def orthogonalize(matrix, dtype, iterations=3):
     """Return a matrix of the same directions, whose strengths are much more equal.
 
@@ -427,7 +427,7 @@ def orthogonalize(matrix, dtype, iterations=3):
     becomes a * s + b * s^3 + c * s^5. That takes only products: if a matrix has strengths s,
     matrix @ matrix.T @ matrix has s^3, in the same directions.
     """
-    # Muon's author found these numbers. In an iteration, small strengths grow 3.4-fold.
+    # Muon's author found these numbers: small strengths grow 3.4-fold in each iteration.
     a, b, c = 3.4445, -4.7750, 2.0315
     matrix = (matrix / (matrix.norm() + 1e-12)).to(dtype)
     for _ in range(iterations):
@@ -441,7 +441,7 @@ class Muon(torch.optim.Optimizer):
     """Muon for convolutions, since torch.optim.Muon is for matrices only."""
 
     def __init__(self, convolutions, lr, momentum, dtype):
-        super().__init__(convolutions, {"lr": lr})  # in a dictionary, where the scheduler finds it
+        super().__init__(convolutions, {"lr": lr})  # the scheduler will look for "lr" and lower it
         self.momentum = momentum
         self.dtype = dtype  # of the numbers in orthogonalize, where 16 bits are precise enough
         self.velocities = [torch.zeros_like(weight) for weight in convolutions]
@@ -626,9 +626,9 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # colour-blind people can tell these apart,
 class Table:
     """A row for each epoch and, on a terminal, a line that tells how long the rest will take."""
 
-    def __init__(self, epochs, training):
-        self.pixels = [size**2 for size, _ in schedule(epochs)]  # time is about proportional to it
-        self.images = training.per_epoch * training.batch_size
+    def __init__(self, epochs, train_set):
+        self.pixels = [size**2 for size, _ in plan(epochs)]  # time is about proportional to it
+        self.images = train_set.per_epoch * train_set.batch_size
         self.times = [time.perf_counter()]  # of the start, and of each epoch's end
         print("\nepoch  training loss    acc  validation loss    acc  seconds  images/s")
 
@@ -732,11 +732,11 @@ def parse_arguments(argv, devices, gpu_note):
     return args
 
 
-def train_new_model(model, training, validation, dtype, args):
+def train_new_model(model, train_set, validation_set, dtype, args):
     """Train a model, draw its curves, and return it as it was after its best epoch."""
     history = []
     try:
-        return train(model, training, validation, history, args.epochs, args.device, dtype)
+        return train(model, train_set, validation_set, history, args.epochs, args.device, dtype)
     finally:  # Ctrl-C ends the training, but the epochs until then are drawn
         print()
         if history:
@@ -761,9 +761,9 @@ def main(argv=()):
     else:
         dtype, reason = choose_precision(args.device)
         print(f"device {args.device}, training in {str(dtype).removeprefix('torch.')}: {reason}")
-        train_set, test_set = load_cifar10(args.data)
-        setup = set_up_training(train_set, args.seed, args.batch_size, args.device)
-        del train_set  # the batches have their own copy
+        dataset, test_set = load_cifar10(args.data)
+        setup = set_up_training(dataset, args.seed, args.batch_size, args.device)
+        del dataset  # what is set up has its own copy
         model = train_new_model(*setup, dtype, args)
     test(model, test_set, args)
     print(f"total time {time.perf_counter() - start:.0f} s")

@@ -48,7 +48,7 @@ import pytorchpractice as script
 IMAGES = 50_000  # of CIFAR-10, to train and to validate
 TRAINING_IMAGES = IMAGES - script.VALIDATION_IMAGES
 # The parts of a plan are (epochs, size of the images, whether the bias of the first layer learns).
-PLAN = [(1, *epoch) for epoch in script.schedule(script.EPOCHS)]
+PLAN = [(1, *epoch) for epoch in script.plan(script.EPOCHS)]
 ORIGINAL_BATCH = 128
 # Two published recipes.
 AIRBENCH_BATCH = 2_000  # airbench94_muon, in github.com/KellerJordan/cifar10-airbench

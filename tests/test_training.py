@@ -78,7 +78,7 @@ def test_the_average_follows_weights_and_buffers():
 
 
 def test_the_size_of_an_epochs_images_follows_its_middle():
-    sizes = {n: [size for size, _ in script.schedule(n)] for n in (1, 2, 10)}
+    sizes = {n: [size for size, _ in script.plan(n)] for n in (1, 2, 10)}
     assert sizes == {1: [24], 2: [24, 32], 10: [16] * 2 + [24] * 4 + [32] * 4}
 
 
