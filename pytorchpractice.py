@@ -94,8 +94,8 @@ def conv_norm(channels_in, channels_out, kernel, padding):
     # So even an untrained net passes some of the image on, and its last layers can learn from that.
     nn.init.dirac_(conv.weight[:channels_in])
 
-    # BatchNorm brings each channel of a batch to mean 0 and standard deviation 1. Only the last norm
-    # of a block then learns a scale. The others keep 1, so that convolutions get a steady input.
+    # BatchNorm brings each channel to mean 0 and standard deviation 1, over a batch. Only a block's
+    # last norm also learns a scale. The others don't, so that convolutions get a steady input.
     norm.weight.requires_grad_(False)
     return conv, norm
 
@@ -365,7 +365,7 @@ def make_optimizers(model, batch_size, total_steps, dtype):
     filters = [p for p in model.parameters() if p.requires_grad and p.ndim == 4]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]  # biases, scales
 
-    # Muon's steps have the same length at any batch size. But the noise of a gradient falls with the
+    # Muon's steps are equally long at any batch size. But the noise of a gradient falls with the
     # root of the batch size, so that larger batches allow longer steps. MUON_LR is for 250 images.
     muon = Muon(filters, MUON_LR * math.sqrt(batch_size / 250), MOMENTUM, dtype)
 
