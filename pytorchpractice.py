@@ -69,7 +69,7 @@ MAX_SHIFT = 2  # each training image is shifted at random, by at most this many 
 
 # Progressive resizing: small images take less time, and show the coarse shapes that a net learns
 # first anyway. Images are 16 pixels wide until 0.2 of the run is over, then 24 until 0.6, then 32.
-# One net can take all three, since convolutions and the pooling at its end work at any size.
+# One net can take all three: convolutions and the pooling at its end work at any size from 16 up.
 SIZES = ((0.2, 16), (0.6, 24), (1.0, 32))
 
 # Label smoothing shares 0.1 out among all ten classes: the net is asked to give 91 % to the right
@@ -95,7 +95,7 @@ def conv_norm(channels_in, channels_out, kernel, padding):
     nn.init.dirac_(conv.weight[:channels_in])
 
     # BatchNorm brings each channel to mean 0 and standard deviation 1, over a batch. Only a block's
-    # last norm also learns a scale. The others don't, so that convolutions get a steady input.
+    # last norm also learns a scale. The others don't, so that conv2 and conv3 get a steady input.
     norm.weight.requires_grad_(False)
     return conv, norm
 
@@ -172,7 +172,7 @@ class CIFARNet(nn.Module):
         x = x.amax((2, 3)) + x.mean((2, 3))  # (N, 448): maximum and mean of the 3x3 pixels
 
         # A sum of 448 products is large. Divided by 448, the logits of an untrained net are nearly
-        # 0: all classes are about equally likely. (Small weights would do, with another HEAD_LR.)
+        # 0: all classes are about equally likely. (Small weights need a far smaller HEAD_LR.)
         return self.head(x) / x.shape[1]  # (N, n_classes)
 
     def forward(self, images):
@@ -301,8 +301,7 @@ def fit_temperature(logits, labels):
     """Return the number by which to divide the logits, to get the lowest loss on these labels.
 
     Temperature scaling (arXiv:1706.04599): label smoothing has taught the net to be less sure than
-    it could be. Dividing, usually by less than 1, puts that right, and no answer changes. What is
-    fitted on one look at each image turned out to suit the mean of four looks, too.
+    it could be. Dividing puts that right, for one look and for four, and no answer changes.
     """
     temperatures = torch.linspace(0.2, 2, 181)  # 0.20, 0.21, 0.22 and so on
     return min(temperatures, key=lambda t: F.cross_entropy(logits / t, labels))
@@ -351,7 +350,7 @@ def train(model, train_set, validation_set, history, epochs, device, dtype):
 # Muon (kellerjordan.github.io/posts/muon) trains the convolutions, which hold nearly all weights.
 # SGD with momentum trains the rest: the biases and the blocks' scales, which aren't matrices, and
 # the last layer, which Muon's author advises to leave to another optimizer. SGD's numbers are those
-# of airbench94. Others that we tried, on images held out from training, did no better.
+# of airbench94_muon. Others that we tried, on images held out from training, did no better.
 MUON_LR = 0.045  # for batches of 250 images; try 0.03 to 0.06
 BIAS_LR = 0.053  # SGD's, for the biases and the scale in each block; try 0.035 to 0.08
 HEAD_LR = 0.67  # SGD's, for the last layer; try 0.45 to 1
@@ -365,19 +364,19 @@ def make_optimizers(model, batch_size, total_steps, dtype):
     filters = [p for p in model.parameters() if p.requires_grad and p.ndim == 4]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]  # biases, scales
 
-    # Muon's steps are equally long at any batch size. But the noise of a gradient falls with the
-    # root of the batch size, so that larger batches allow longer steps. MUON_LR is for 250 images.
+    # Muon's steps are equally long at any batch size. In the gradient of a larger batch, the share of
+    # noise is smaller, by the root of its size, so steps may be longer. MUON_LR is for 250 images.
     muon = Muon(filters, MUON_LR * math.sqrt(batch_size / 250), MOMENTUM, dtype)
 
-    # SGD's steps grow with the batch by themselves, as the loss is a sum over it. The weight decay
-    # has to grow likewise. SGD will multiply the weight decay by the learning rate. We divide it by
-    # the rate, so that you can try another BIAS_LR or HEAD_LR without changing the weight decay.
+    # SGD's steps grow with the batch, as the loss is a sum over it. So must the weight decay. SGD
+    # multiplies it by the rate. As we divide by the rate, you can change BIAS_LR or HEAD_LR alone.
     decay = WEIGHT_DECAY * batch_size
     groups = [
         {"params": vectors, "lr": BIAS_LR, "weight_decay": decay / BIAS_LR},
         {"params": [model.head.weight], "lr": HEAD_LR, "weight_decay": decay / HEAD_LR},
     ]
-    sgd = torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=True)
+    on_gpu = model.head.weight.device.type in ("cuda", "mps")  # where fewer, fused calls are faster
+    sgd = torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=True, fused=on_gpu)
 
     # Long steps get the weights near their goal, short ones get them closer still.
     schedulers = [LinearLR(each, 1, FINAL_FRACTION, total_steps) for each in (muon, sgd)]
@@ -447,10 +446,10 @@ def whitening_filters(images):
     patches = F.unfold(images, 2)  # (N, 12, patches per image)
     patches = patches.transpose(1, 2).reshape(-1, 12)
 
-    # 2) Find the 12 features: the one in which patches differ most, the next one, and so on. It is
-    # a theorem of algebra that these are the eigenvectors of the patches' covariance.
+    # 2) Find the 12 features: the one in which patches differ most, the one in which they differ
+    # most apart from that, and so on. In algebra, they are the eigenvectors of the covariance.
     covariance = patches.T @ patches / len(patches)
-    variances, features = torch.linalg.eigh(covariance)  # each column is a feature
+    variances, features = torch.linalg.eigh(covariance)  # columns are features, the weakest first
 
     # 3) Divide each by its standard deviation. Features with very little variance are mostly noise,
     # and adding 5e-4 keeps them from being blown up.
@@ -488,7 +487,7 @@ def set_up_training(dataset, seed, batch_size, device):
 def save(model, path):
     """Save a model in a file. Raises OSError if that fails."""
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    content = io.BytesIO()  # in memory first, as torch.save can't say that the disk is full
+    content = io.BytesIO()  # in memory first, as torch.save hides that the disk is full
     torch.save(state, content)
     # The old file stays until the new one is whole, even if the script is killed meanwhile.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # each run has its own
@@ -579,7 +578,7 @@ def find_devices():
     if gpu is None or gpu.type not in ("cuda", "mps"):
         return ["cpu"], f"GPU not used: this torch is made for {gpu or 'the CPU alone'}"
     try:
-        (torch.zeros(1, device=gpu.type) + 1).item()  # fails on a GPU that torch isn't made for
+        (torch.zeros(1, device=gpu.type) + 1).item()  # fails without a GPU that torch can use
     except RuntimeError as error:
         return ["cpu"], f"GPU not used: {str(error).splitlines()[0]}"
     return [gpu.type, "cpu"], "GPU found"
@@ -600,6 +599,7 @@ def choose_precision(device):
 
 
 # Output -------------------------------------------------------------------------------------------
+TABLE_HEAD = "\nepoch  training loss    acc  validation loss    acc  seconds  images/s"
 TABLE_ROW = "{:5}  {:13.4f}  {:5.1%}  {:15.4f}  {:5.1%}  {:7.1f}  {:8.0f}  {}"
 BLUE, ORANGE = "#0072B2", "#D55E00"  # colour-blind people can tell these apart, too
 
@@ -611,7 +611,7 @@ class Table:
         self.pixels = [size**2 for size, _ in plan(epochs)]  # time is about proportional to it
         self.images = train_set.per_epoch * train_set.batch_size
         self.times = [time.perf_counter()]  # of the start, and of each epoch's end
-        print("\nepoch  training loss    acc  validation loss    acc  seconds  images/s")
+        print(TABLE_HEAD, flush=True)
 
     def add_row(self, *measured, is_best):
         """Print what was measured in an epoch, how long it took, and a mark if it is the best."""
