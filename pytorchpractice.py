@@ -365,7 +365,7 @@ def make_optimizers(model, batch_size, total_steps, dtype):
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]  # biases, scales
 
     # Muon's steps are equally long at any batch size. In the gradient of a larger batch, the share
-    # of noise is smaller, by the root of its size, so steps may be longer. MUON_LR suits 250 images.
+    # of noise is smaller, by the root of its size. So steps may be longer. MUON_LR is for 250.
     muon = Muon(filters, MUON_LR * math.sqrt(batch_size / 250), MOMENTUM, dtype)
 
     # SGD's steps grow with the batch, as the loss is a sum over it. So must the weight decay. SGD
