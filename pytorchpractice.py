@@ -171,8 +171,7 @@ class CIFARNet(nn.Module):
         x = self.blocks(x)  # (N, 64, 15, 15), then (N, 224, 7, 7), then (N, 448, 3, 3)
         x = x.amax((2, 3)) + x.mean((2, 3))  # (N, 448): maximum and mean of the 3x3 pixels
 
-        # A sum of 448 products is large. Divided by 448, the logits of an untrained net are nearly
-        # 0: all classes are about equally likely. (Small weights need a far smaller HEAD_LR.)
+        # Divided by 448, a sum of 448 products starts near 0: all classes are about equally likely.
         return self.head(x) / x.shape[1]  # (N, n_classes)
 
     def forward(self, images):
@@ -301,7 +300,8 @@ def fit_temperature(logits, labels):
     """Return the number by which to divide the logits, to get the lowest loss on these labels.
 
     Temperature scaling (arXiv:1706.04599): label smoothing has taught the net to be less sure than
-    it could be. Dividing puts that right, for one look and for four, and no answer changes.
+    it could be. Dividing by less than 1 puts that right, and no answer changes. What is fitted on
+    one look at each image turned out to suit the mean of four looks, too.
     """
     temperatures = torch.linspace(0.2, 2, 181)  # 0.20, 0.21, 0.22 and so on
     return min(temperatures, key=lambda t: F.cross_entropy(logits / t, labels))
@@ -368,9 +368,9 @@ def make_optimizers(model, batch_size, total_steps, dtype):
     # of noise is smaller, by the root of its size. So steps may be longer. MUON_LR is for 250.
     muon = Muon(filters, MUON_LR * math.sqrt(batch_size / 250), MOMENTUM, dtype)
 
-    # SGD's steps grow with the batch, as the loss is a sum over it. So must the weight decay. SGD
-    # multiplies it by the rate. As we divide by the rate, you can change BIAS_LR or HEAD_LR alone.
+    # SGD's steps grow with the batch, as the loss is a sum over it. Weight decay should keep pace.
     decay = WEIGHT_DECAY * batch_size
+    # SGD will multiply the weight decay by the learning rate. So here it is divided by that first.
     groups = [
         {"params": vectors, "lr": BIAS_LR, "weight_decay": decay / BIAS_LR},
         {"params": [model.head.weight], "lr": HEAD_LR, "weight_decay": decay / HEAD_LR},
@@ -457,7 +457,7 @@ def whitening_filters(images):
     return filters.T.reshape(12, 3, 2, 2)
 
 
-# Around training ----------------------------------------------------------------------------------
+# Setting up, saving and loading -------------------------------------------------------------------
 def as_tensors(dataset):
     """Return a dataset's images, uint8 (N, 3, 32, 32), and labels, int64 (N,)."""
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
