@@ -59,8 +59,7 @@ def random_model(seed=0):
 def train(train_set, *, epochs, batch_size=30, seed=0, device="cpu", dtype=torch.float32):
     """Set up and train as the script does, into this folder; return history and best state."""
     setup, history = script.set_up_training(train_set, seed, batch_size, device), []
-    model = script.train(*setup, history, epochs, device, dtype)
-    return history, model.state_dict()
+    return history, script.train(*setup, history, epochs, device, dtype).state_dict()
 
 
 def assert_loads(path):

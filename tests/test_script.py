@@ -101,11 +101,9 @@ def test_a_terminal_shows_how_long_it_will_still_take(run_main, monkeypatch):
             yield batch
 
     monkeypatch.setattr(script.TrainingBatches, "epoch", timed)
-    output = run_main("--epochs", 4)
-    epoch = 9 * 61 / 60  # minutes, of nine small batches
-    later = epoch * (32 / 24) ** 2
-    left = [epoch + 2 * later, 2 * later, later]
-    stated = re.findall(r"about (\d+) min left +\r", output)
+    stated = re.findall(r"about (\d+) min left +\r", run_main("--epochs", 4))
+    small, large = 9 * 61 / 60, 9 * 61 / 60 * (32 / 24) ** 2  # minutes for nine batches
+    left = [small + 2 * large, 2 * large, large]
     assert [int(minutes) for minutes in stated] == [math.ceil(minutes) for minutes in left]
 
 
@@ -228,8 +226,7 @@ def test_a_loss_that_is_not_finite_ends_it_in_one_line(run_program, in_folder, m
         backward(loss * torch.inf)
 
     at_call(monkeypatch, "torch.Tensor.backward", 15, diverge)  # of nine batches an epoch
-    run = run_program("--epochs", 3)
-    output = assert_fails_in_one_line(run, "the loss is not finite")
+    output = assert_fails_in_one_line(run_program("--epochs", 3), "the loss is not finite")
     assert [row["mark"] for row in ROW.finditer(output)] == ["saved"]
     assert_loads(in_folder / MODEL)
     assert files(in_folder) == [*CURVES, MODEL]
