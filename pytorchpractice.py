@@ -320,7 +320,7 @@ def train(model, train_set, validation_set, history, epochs, device, dtype):
     autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     best_loss, best_model = math.inf, None
     table = Table(epochs, train_set)
-    for size, bias_learns in plan(epochs):
+    for epoch, (size, bias_learns) in enumerate(plan(epochs), 1):
         # 1) Train. The first layer has only its bias to learn, and that is soon done. From then on,
         # the backward pass can stop before this layer, which saves time.
         model.whiten.bias.requires_grad_(bias_learns)
@@ -332,7 +332,7 @@ def train(model, train_set, validation_set, history, epochs, device, dtype):
         with autocast:
             logits, validation_loss, accuracy = evaluate(averaged.look, *validation_set, device)
         if not math.isfinite(loss + validation_loss):
-            raise FloatingPointError("the loss is not finite: lower the learning rates")
+            raise FloatingPointError(f"the loss is not finite in epoch {epoch}: lower the rates")
 
         # 3) Save the best. The loss tells more than the accuracy: it counts how sure the net is.
         is_best = validation_loss < best_loss

@@ -226,8 +226,8 @@ def test_a_loss_that_is_not_finite_ends_it_in_one_line(run_program, in_folder, m
         backward(loss * torch.inf)
 
     at_call(monkeypatch, "torch.Tensor.backward", 15, diverge)  # of nine batches an epoch
-    output = assert_fails_in_one_line(run_program("--epochs", 3), "the loss is not finite")
-    assert [row["mark"] for row in ROW.finditer(output)] == ["saved"]
+    out = assert_fails_in_one_line(run_program("--epochs", 3), "the loss is not finite in epoch 2")
+    assert [row["mark"] for row in ROW.finditer(out)] == ["saved"]
     assert_loads(in_folder / MODEL)
     assert files(in_folder) == [*CURVES, MODEL]
 
