@@ -291,7 +291,7 @@ def moving_average(model, steps_per_epoch):
     # Each step overshoots a little, in a direction that depends on its batch. An average of many
     # steps is usually nearer to the goal. After each step, average = kept * average + (1 - kept) *
     # weights, an exponential moving average (EMA). By default, half an epoch has 96 steps, and kept
-    # is 96 / 97. The means and variances of BatchNorm, which are buffers, are averaged too.
+    # is 96 / 97. The means and variances that BatchNorm keeps for eval mode are averaged, too.
     kept = 1 - 1 / (1 + AVERAGED_EPOCHS * steps_per_epoch)
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(kept), use_buffers=True)
 
