@@ -342,7 +342,7 @@ def train(model, train_set, validation_set, history, epochs, device, dtype):
             best_model.temperature.copy_(fit_temperature(logits, validation_set[1]))
             save(best_model, MODEL_PATH)
         history.append((loss, validation_loss, accuracies))
-        table.add_row(loss, accuracies.mean(), validation_loss, accuracy, is_best=is_best)
+        table.add_row(epoch, loss, accuracies.mean(), validation_loss, accuracy, is_best=is_best)
     return best_model
 
 
@@ -612,10 +612,10 @@ class Table:
         self.times = [time.perf_counter()]  # of the start, and of each epoch's end
         print(TABLE_HEAD, flush=True)
 
-    def add_row(self, *measured, is_best):
+    def add_row(self, epoch, *measured, is_best):
         """Print what was measured in an epoch, how long it took, and a mark if it is the best."""
         self.times.append(time.perf_counter())
-        epoch, seconds = len(self.times) - 1, self.times[-1] - self.times[-2]
+        seconds = self.times[-1] - self.times[-2]
         row = epoch, *measured, seconds, self.images / seconds, "saved" if is_best else ""
         print(TABLE_ROW.format(*row).rstrip(), flush=True)
         done, left = sum(self.pixels[:epoch]), sum(self.pixels[epoch:])
