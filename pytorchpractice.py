@@ -475,12 +475,13 @@ def set_up_training(dataset, seed, batch_size, device):
     images, labels = as_tensors(dataset)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     held_out, rest = order[:VALIDATION_IMAGES], order[VALIDATION_IMAGES:]
+    validation_set = images[held_out], labels[held_out]
+    images, labels = images[rest], labels[rest]
     torch.manual_seed(seed)  # for the net's random weights
     model = CIFARNet(len(dataset.classes))
-    model.init_whiten(images[rest])
+    model.init_whiten(images)
     to_device(model, device)
-    train_set = TrainingBatches(images[rest], labels[rest], batch_size, seed, device)
-    return model, train_set, (images[held_out], labels[held_out])
+    return model, TrainingBatches(images, labels, batch_size, seed, device), validation_set
 
 
 def save(model, path):
