@@ -94,8 +94,8 @@ def conv_norm(channels_in, channels_out, kernel, padding):
     # So even an untrained net passes some of the image on, and its last layers can learn from that.
     nn.init.dirac_(conv.weight[:channels_in])
 
-    # BatchNorm brings each channel to mean 0 and standard deviation 1, over a batch. Only a block's
-    # last norm also learns a scale. The others don't, so that conv2 and conv3 get a steady input.
+    # BatchNorm brings each channel to mean 0 and standard deviation 1, over a batch. It could learn
+    # a scale for each channel, too. Only a block's last norm does: with more, the net did worse.
     norm.weight.requires_grad_(False)
     return conv, norm
 
